@@ -1,0 +1,194 @@
+//! Memory that an I/O operation reads or writes, owned while the operation is in flight.
+#![allow(unsafe_code)] // scatter lists are raw pointers; this module is where they become safe to pass on
+
+use std::any::Any;
+use std::sync::Arc;
+
+use smallvec::SmallVec;
+
+/// A scatter list and whatever keeps its memory alive.
+///
+/// The kernel reads or writes the memory while an operation is in flight; holding the `Buffer` until
+/// its completion is what makes that sound, so operations take it by value and hand it back.
+/// Several buffers may name the same guest memory, as a guest may post the same page twice: nobody
+/// builds references (`&[u8]`) to the memory, it is only copied to and from.
+#[derive(Default)]
+pub struct Buffer {
+    iovecs: SmallVec<[libc::iovec; 4]>,
+    len: usize,
+    owner: Option<Arc<dyn Any + Send + Sync>>,
+}
+
+// SAFETY: the pointers stay valid wherever `owner` goes, and access through them is by copy only.
+unsafe impl Send for Buffer {}
+
+impl Buffer {
+    /// A buffer of no bytes.
+    #[must_use]
+    pub fn empty() -> Self {
+        Self::default()
+    }
+
+    /// A zeroed buffer of `len` bytes on the heap.
+    #[must_use]
+    pub fn zeroed(len: usize) -> Self {
+        Self::from_vec(vec![0; len])
+    }
+
+    /// Takes over the bytes of `bytes`.
+    #[must_use]
+    pub fn from_vec(bytes: Vec<u8>) -> Self {
+        let mut bytes = bytes.into_boxed_slice();
+        let iovec = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
+        let len = bytes.len();
+        let iovecs = SmallVec::from_slice(&[iovec]);
+        Self { iovecs, len, owner: Some(Arc::new(HeapBytes(Box::into_raw(bytes)))) }
+    }
+
+    /// Names memory that `owner` keeps alive.
+    ///
+    /// # Safety
+    /// Every range must be mapped readable and writable, and stay so for as long as `owner` lives.
+    #[must_use]
+    pub unsafe fn from_iovecs(owner: Arc<dyn Any + Send + Sync>, iovecs: &[libc::iovec]) -> Self {
+        let iovecs: SmallVec<[libc::iovec; 4]> = iovecs.iter().copied().filter(|v| v.iov_len > 0).collect();
+        let len = iovecs.iter().map(|v| v.iov_len).sum();
+        Self { iovecs, len, owner: Some(owner) }
+    }
+
+    /// Length in bytes over all segments.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether the buffer holds no bytes.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The segments, for a system call. They are valid while this buffer lives.
+    #[must_use]
+    pub fn iovecs(&self) -> &[libc::iovec] {
+        &self.iovecs
+    }
+
+    /// The part `[offset, offset + len)`, sharing the memory; `None` if it does not lie inside.
+    #[must_use]
+    pub fn slice(&self, offset: usize, len: usize) -> Option<Self> {
+        if offset.checked_add(len)? > self.len {
+            return None;
+        }
+        let (mut skip, mut left) = (offset, len);
+        let mut iovecs = SmallVec::new();
+        for v in &self.iovecs {
+            if left == 0 {
+                break;
+            }
+            if skip >= v.iov_len {
+                skip -= v.iov_len;
+                continue;
+            }
+            let take = left.min(v.iov_len - skip);
+            let base = v.iov_base.cast::<u8>().wrapping_add(skip);
+            iovecs.push(libc::iovec { iov_base: base.cast(), iov_len: take });
+            left -= take;
+            skip = 0;
+        }
+        Some(Self { iovecs, len, owner: self.owner.clone() })
+    }
+
+    /// Copies `from` into the buffer at `offset`; returns how many bytes fitted.
+    pub fn write_at(&self, offset: usize, from: &[u8]) -> usize {
+        let Some(part) = self.slice(offset, from.len().min(self.len.saturating_sub(offset))) else {
+            return 0;
+        };
+        let mut done = 0;
+        for v in &part.iovecs {
+            // SAFETY: the segment is mapped while `owner` lives, and `from` has at least `part.len` bytes.
+            unsafe { std::ptr::copy_nonoverlapping(from.as_ptr().add(done), v.iov_base.cast(), v.iov_len) };
+            done += v.iov_len;
+        }
+        done
+    }
+
+    /// Copies from the buffer at `offset` into `to`; returns how many bytes there were.
+    pub fn read_at(&self, offset: usize, to: &mut [u8]) -> usize {
+        let Some(part) = self.slice(offset, to.len().min(self.len.saturating_sub(offset))) else {
+            return 0;
+        };
+        let mut done = 0;
+        for v in &part.iovecs {
+            // SAFETY: the segment is mapped while `owner` lives, and `to` has at least `part.len` bytes.
+            unsafe {
+                std::ptr::copy_nonoverlapping(v.iov_base.cast(), to.as_mut_ptr().add(done), v.iov_len);
+            };
+            done += v.iov_len;
+        }
+        done
+    }
+
+    /// Fills the buffer with `byte`.
+    pub fn fill(&self, byte: u8) {
+        for v in &self.iovecs {
+            // SAFETY: the segment is mapped while `owner` lives.
+            unsafe { std::ptr::write_bytes(v.iov_base.cast::<u8>(), byte, v.iov_len) };
+        }
+    }
+
+    /// A copy of all bytes on the heap.
+    #[must_use]
+    pub fn to_vec(&self) -> Vec<u8> {
+        let mut bytes = vec![0; self.len];
+        self.read_at(0, &mut bytes);
+        bytes
+    }
+}
+
+impl std::fmt::Debug for Buffer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Buffer({} bytes in {} segments)", self.len, self.iovecs.len())
+    }
+}
+
+/// Heap bytes known only by raw pointer, so that no reference to them exists while they are in flight.
+struct HeapBytes(*mut [u8]);
+
+// SAFETY: the pointer is the only owner of the allocation and is used only to free it.
+unsafe impl Send for HeapBytes {}
+// SAFETY: as above; a shared reference gives no access at all.
+unsafe impl Sync for HeapBytes {}
+
+impl Drop for HeapBytes {
+    fn drop(&mut self) {
+        // SAFETY: it came from `Box::into_raw` in `from_vec` and is freed once, here.
+        drop(unsafe { Box::from_raw(self.0) });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slices_and_copies_across_segments() {
+        let owner: Arc<Vec<u8>> = Arc::new(Vec::new());
+        let mut bytes: Vec<u8> = (0..10).collect();
+        let at = |from: usize, len| libc::iovec {
+            iov_base: bytes.as_ptr().wrapping_add(from) as *mut _,
+            iov_len: len,
+        };
+        let list = [at(6, 4), at(0, 3)];
+        bytes[0] = 100;
+        // SAFETY: `bytes` outlives `buffer`, which does not leave this function.
+        let buffer = unsafe { Buffer::from_iovecs(owner, &list) };
+        assert_eq!(buffer.to_vec(), [6, 7, 8, 9, 100, 1, 2]);
+        let part = buffer.slice(3, 3).expect("it lies inside");
+        assert_eq!(part.to_vec(), [9, 100, 1]);
+        assert_eq!(part.write_at(1, &[50, 51, 52]), 2);
+        assert_eq!(buffer.to_vec(), [6, 7, 8, 9, 50, 51, 2]);
+        assert!(buffer.slice(5, 3).is_none());
+        assert!(buffer.slice(usize::MAX, 2).is_none());
+    }
+}

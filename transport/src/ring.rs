@@ -1,0 +1,251 @@
+//! One io_uring, owned by one thread, shared by everything that thread drives.
+//!
+//! A disk worker's doorbells, files and sockets all complete on its ring, so one system call submits
+//! everything that is ready and waits for whatever comes first. Each user of the ring takes a
+//! [`Source`] and recognises its completions by it.
+#![allow(unsafe_code)] // io_uring submission is unsafe; callers of the safe methods cannot break it
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::time::Duration;
+
+use io_uring::{IoUring, cqueue, opcode, squeue, types};
+
+/// Names one user of a [`Ring`]; completions carry it back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Source(u16);
+
+impl Source {
+    /// The token under which an operation of this source completes. `payload` uses 48 bits.
+    #[must_use]
+    pub fn token(self, payload: u64) -> Token {
+        debug_assert!(payload < 1 << 48, "a token's payload has 48 bits");
+        Token(u64::from(self.0) << 48 | payload & ((1 << 48) - 1))
+    }
+}
+
+/// What an operation is recognised by when it completes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Token(u64);
+
+impl Token {
+    /// Who submitted the operation.
+    #[must_use]
+    pub fn source(self) -> Source {
+        Source((self.0 >> 48) as u16)
+    }
+
+    /// What the source put into the token.
+    #[must_use]
+    pub fn payload(self) -> u64 {
+        self.0 & ((1 << 48) - 1)
+    }
+}
+
+/// One finished operation.
+#[derive(Clone, Copy, Debug)]
+pub struct Completion {
+    /// The token the operation was submitted under.
+    pub token: Token,
+    /// What the system call would have returned: a count, or a negative `errno`.
+    pub result: i32,
+    /// `IORING_CQE_F_*`, for multishot operations and provided buffers.
+    pub flags: u32,
+}
+
+impl Completion {
+    /// The count, or the error.
+    ///
+    /// # Errors
+    /// The operation's own error.
+    pub fn count(&self) -> io::Result<usize> {
+        usize::try_from(self.result).map_err(|_| io::Error::from_raw_os_error(-self.result))
+    }
+
+    /// Whether a multishot operation goes on after this completion.
+    #[must_use]
+    pub fn more(&self) -> bool {
+        cqueue::more(self.flags)
+    }
+}
+
+/// An io_uring and the operations that did not fit into it yet.
+pub struct Ring {
+    uring: IoUring,
+    backlog: VecDeque<squeue::Entry>,
+    sources: u16,
+}
+
+/// Source 0: the ring's own operations, whose completions nobody waits for.
+const OWN: Source = Source(0);
+
+impl Ring {
+    /// A ring that takes `entries` operations at once; more wait in memory. It belongs to the thread
+    /// that makes it: the kernel refuses operations from another one.
+    ///
+    /// # Errors
+    /// The kernel refuses io_uring (`kernel.io_uring_disabled`, seccomp, locked-memory limit).
+    pub fn new(entries: u32) -> io::Result<Self> {
+        // The best mode first: completions are processed only when this thread asks for them.
+        let best = IoUring::builder()
+            .setup_single_issuer()
+            .setup_defer_taskrun()
+            .setup_cqsize(entries * 4)
+            .dontfork()
+            .build(entries);
+        let uring = match best {
+            Ok(uring) => uring,
+            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => IoUring::new(entries)?,
+            Err(e) => return Err(e),
+        };
+        Ok(Self { uring, backlog: VecDeque::new(), sources: OWN.0 })
+    }
+
+    /// A new source.
+    ///
+    /// # Panics
+    /// After 65,535 of them, which is a leak in the caller.
+    pub fn source(&mut self) -> Source {
+        self.sources = self.sources.checked_add(1).expect("a ring has at most 65,535 sources");
+        Source(self.sources)
+    }
+
+    /// Queues an operation; it reaches the kernel at the next [`submit`](Self::submit) or
+    /// [`wait`](Self::wait).
+    ///
+    /// # Safety
+    /// Memory and descriptors that `entry` names must stay valid until its (last) completion.
+    pub unsafe fn push(&mut self, entry: squeue::Entry, token: Token) {
+        let entry = entry.user_data(token.0);
+        // SAFETY: the caller keeps what the entry names alive.
+        if !self.backlog.is_empty() || unsafe { self.uring.submission().push(&entry) }.is_err() {
+            self.backlog.push_back(entry);
+        }
+    }
+
+    /// Polls `fd` for input once (`multishot`: again and again, until cancelled).
+    pub fn poll_readable(&mut self, fd: RawFd, multishot: bool, token: Token) {
+        let entry = opcode::PollAdd::new(types::Fd(fd), libc::POLLIN as u32).multi(multishot).build();
+        // SAFETY: the operation names no memory; a closed descriptor only makes it fail.
+        unsafe { self.push(entry, token) };
+    }
+
+    /// Asks the kernel to cancel everything submitted under `token`. The operation still completes, as a
+    /// rule with `ECANCELED`.
+    pub fn cancel(&mut self, token: Token) {
+        let entry = opcode::AsyncCancel::new(token.0).build();
+        // SAFETY: the operation names no memory.
+        unsafe { self.push(entry, OWN.token(0)) };
+    }
+
+    /// Hands all queued operations to the kernel without waiting.
+    ///
+    /// # Errors
+    /// `io_uring_enter` fails for another reason than an interruption or a full completion queue.
+    pub fn submit(&mut self) -> io::Result<()> {
+        self.enter(0, None)
+    }
+
+    /// Hands all queued operations to the kernel and waits until a completion is there, `timeout` has
+    /// passed or a signal arrived. Returns at once if a completion is there already.
+    ///
+    /// # Errors
+    /// As [`submit`](Self::submit).
+    pub fn wait(&mut self, timeout: Option<Duration>) -> io::Result<()> {
+        let ready = !self.uring.completion().is_empty();
+        self.enter(usize::from(!ready), timeout)
+    }
+
+    fn enter(&mut self, want: usize, timeout: Option<Duration>) -> io::Result<()> {
+        loop {
+            self.refill();
+            let more = !self.backlog.is_empty();
+            let want = if more { 0 } else { want };
+            let result = match timeout {
+                Some(timeout) if want > 0 => {
+                    let timespec = types::Timespec::from(timeout);
+                    let args = types::SubmitArgs::new().timespec(&timespec);
+                    self.uring.submitter().submit_with_args(want, &args)
+                }
+                _ => self.uring.submitter().submit_and_wait(want),
+            };
+            match result {
+                Ok(_) if more => continue,
+                Ok(_) => return Ok(()),
+                Err(e) => match e.raw_os_error() {
+                    Some(libc::ETIME | libc::EINTR | libc::EBUSY | libc::EAGAIN) => return Ok(()),
+                    _ => return Err(e),
+                },
+            }
+        }
+    }
+
+    fn refill(&mut self) {
+        let mut queue = self.uring.submission();
+        while let Some(entry) = self.backlog.front() {
+            // SAFETY: `push`'s caller keeps what the entry names alive.
+            if unsafe { queue.push(entry) }.is_err() {
+                break;
+            }
+            self.backlog.pop_front();
+        }
+    }
+
+    /// The next finished operation, if there is one.
+    pub fn reap(&mut self) -> Option<Completion> {
+        loop {
+            let entry = self.uring.completion().next()?;
+            let token = Token(entry.user_data());
+            if token.source() != OWN {
+                return Some(Completion { token, result: entry.result(), flags: entry.flags() });
+            }
+        }
+    }
+
+    /// The io_uring itself, to register buffers or files with it.
+    #[must_use]
+    pub fn submitter(&self) -> io_uring::Submitter<'_> {
+        self.uring.submitter()
+    }
+}
+
+impl AsRawFd for Ring {
+    fn as_raw_fd(&self) -> RawFd {
+        self.uring.as_raw_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Instant;
+
+    #[test]
+    fn more_operations_than_entries_all_complete() {
+        let mut ring = Ring::new(4).expect("io_uring works here");
+        let source = ring.source();
+        for i in 0..100 {
+            // SAFETY: a no-op names no memory.
+            unsafe { ring.push(opcode::Nop::new().build(), source.token(i)) };
+        }
+        let mut seen = Vec::new();
+        while seen.len() < 100 {
+            ring.wait(None).expect("it waits");
+            while let Some(done) = ring.reap() {
+                seen.push(done.token.payload());
+            }
+        }
+        seen.sort_unstable();
+        assert_eq!(seen, (0..100).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn a_wait_ends_at_its_timeout() {
+        let mut ring = Ring::new(4).expect("io_uring works here");
+        let start = Instant::now();
+        ring.wait(Some(Duration::from_millis(20))).expect("it waits");
+        assert!(start.elapsed() >= Duration::from_millis(20));
+        assert!(ring.reap().is_none());
+    }
+}

@@ -1,0 +1,239 @@
+//! A guest's configuration: the shape of `guest.toml`.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::units::{Bytes, Span};
+
+/// A guest: everything in `guest.toml`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Guest {
+    /// The name under which `omega ps`, `omega console` and `omega stop` know it: letters, digits, `-`, `_`, `.`.
+    pub name: String,
+    /// What to boot.
+    pub kernel: Kernel,
+    /// Its processors.
+    #[serde(default)]
+    pub cpu: Cpu,
+    /// Its RAM.
+    #[serde(default)]
+    pub memory: Memory,
+    /// Its disks, in the order in which the guest sees them (`/dev/vda`, `/dev/vdb`, …).
+    #[serde(default)]
+    pub disk: Vec<Disk>,
+    /// Its network cards.
+    #[serde(default)]
+    pub net: Vec<Net>,
+    /// Where its serial port is connected.
+    #[serde(default)]
+    pub serial: Serial,
+    /// A virtio console beside the serial port.
+    #[serde(default)]
+    pub console: Option<Console>,
+    /// An entropy device.
+    #[serde(default)]
+    pub rng: Rng,
+    /// A memory balloon.
+    #[serde(default)]
+    pub balloon: Option<Balloon>,
+    /// What ends or restarts it.
+    #[serde(default)]
+    pub on: On,
+}
+
+/// What to boot.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Kernel {
+    /// A bzImage (a distribution's `vmlinuz`) or an ELF kernel with a PVH entry (`vmlinux`).
+    pub image: PathBuf,
+    /// The initial RAM disk.
+    #[serde(default)]
+    pub initrd: Option<PathBuf>,
+    /// The kernel's command line.
+    #[serde(default)]
+    pub cmdline: String,
+}
+
+/// The guest's processors.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Cpu {
+    /// How many, 1 to 64.
+    pub count: u8,
+}
+
+impl Default for Cpu {
+    fn default() -> Self {
+        Self { count: 1 }
+    }
+}
+
+/// The guest's RAM.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Memory {
+    /// How much.
+    pub size: Bytes,
+    /// NUMA nodes; none or one means none is shown to the guest. Sizes must add up to `size`.
+    pub numa: Vec<NumaNode>,
+}
+
+impl Default for Memory {
+    fn default() -> Self {
+        Self { size: Bytes(512 << 20), numa: Vec::new() }
+    }
+}
+
+/// One NUMA node as the guest sees it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NumaNode {
+    /// Its RAM.
+    pub size: Bytes,
+    /// Its vCPUs, by number.
+    pub cpus: Vec<u8>,
+}
+
+/// A disk: either `path` or `remote` is given.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Disk {
+    /// A raw image or block device on this PC.
+    #[serde(default)]
+    pub path: Option<PathBuf>,
+    /// A volume on another PC.
+    #[serde(default)]
+    pub remote: Option<RemoteDisk>,
+    /// The serial number that the guest reads, at most 20 bytes.
+    #[serde(default)]
+    pub serial: Option<String>,
+    /// Whether the guest may only read.
+    #[serde(default)]
+    pub read_only: bool,
+    /// How many request queues; by default one for each vCPU, at most 4.
+    #[serde(default)]
+    pub queues: Option<u16>,
+    /// Bypass this PC's page cache (`O_DIRECT`) for a local disk.
+    #[serde(default)]
+    pub direct: bool,
+}
+
+/// A volume that an agent serves.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RemoteDisk {
+    /// The agent, `host` or `host:port`; the port is 7420 by default.
+    pub agent: String,
+    /// The volume's name on that agent.
+    pub volume: String,
+    /// How long the guest's requests wait for an agent that cannot be reached; for ever by default.
+    #[serde(default)]
+    pub patience: Option<Span>,
+    /// What happens then.
+    #[serde(default)]
+    pub on_timeout: OnTimeout,
+}
+
+/// What a guest's request meets when the agent was away for longer than its patience.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnTimeout {
+    /// It waits on; only the log says so.
+    #[default]
+    Wait,
+    /// An I/O error.
+    Error,
+}
+
+/// A network card.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Net {
+    /// The TAP interface on this PC; it must exist and belong to the user, or be creatable.
+    pub tap: String,
+    /// Its MAC address; derived from the guest's name by default.
+    #[serde(default)]
+    pub mac: Option<String>,
+    /// How many pairs of queues.
+    #[serde(default)]
+    pub queues: Option<u16>,
+}
+
+/// Where the serial port is connected.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Serial {
+    /// The terminal that `omega run` was started in (and `omega console`).
+    #[default]
+    Terminal,
+    /// `omega console` only.
+    Console,
+    /// A file that output is appended to.
+    File(PathBuf),
+    /// Nowhere.
+    Off,
+}
+
+/// A virtio console, reached by `omega console --virtio`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Console {}
+
+/// The entropy device.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Rng {
+    /// Whether there is one.
+    pub enabled: bool,
+}
+
+impl Default for Rng {
+    fn default() -> Self {
+        Self { enabled: true }
+    }
+}
+
+/// The balloon.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Balloon {
+    /// How much RAM the guest is asked to give up at the start.
+    pub size: Bytes,
+    /// Pages that the guest frees go back to this PC.
+    pub free_page_reporting: bool,
+}
+
+/// What the guest's own acts do.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct On {
+    /// The guest restarts itself.
+    pub reboot: OnReboot,
+    /// The guest's kernel panics.
+    pub panic: OnPanic,
+}
+
+/// What a reboot of the guest does.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnReboot {
+    /// The guest starts again.
+    #[default]
+    Restart,
+    /// `omega run` ends.
+    Exit,
+}
+
+/// What a panic of the guest does.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnPanic {
+    /// `omega run` ends with its own exit code.
+    #[default]
+    Exit,
+    /// The guest starts again.
+    Restart,
+}

@@ -1,0 +1,4 @@
+//! Omega's virtual machine monitor: the machine, its memory, vCPUs, boot and configuration.
+
+pub mod config;
+pub mod units;
