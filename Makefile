@@ -1,0 +1,55 @@
+# Everyday commands. Each does its own set-up, so that it works in a clean clone on a fresh Debian 12 with Rust.
+
+CARGO ?= cargo
+DESTDIR ?=
+PREFIX ?= /usr
+bin := target/release
+
+.PHONY: all setup build images demo test bench lint fmt fuzz install deb clean
+
+all: build
+
+## Install the Debian packages that building, testing and the demo need.
+setup:
+	packaging/setup
+
+build:
+	$(CARGO) build --release --locked -p omega-vmm -p omega-agent -p omega-lab
+
+## Guest and lab images, cached by the content of their recipes.
+images: setup
+	guest-images/build all
+
+## Boot Debian with its root disk on a second PC, twice.
+demo: setup build images
+	$(bin)/lab demo
+
+## Everything: unit, micro-guest, fuzz-corpus and lab tests, with their counts.
+test: setup build images
+	$(CARGO) run --quiet --release --locked -p omega-lab --bin suite
+
+## Figures beside their floors; writes target/bench/summary.json.
+bench: setup build images
+	$(CARGO) run --quiet --release --locked -p omega-benches --bin bench
+
+lint:
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps --locked --quiet
+	$(CARGO) test --quiet --locked -p omega-lab --test dependencies
+
+fmt:
+	$(CARGO) fmt --all
+
+## Coverage-guided fuzzing of one decoder: make fuzz TARGET=frame SECONDS=60 (needs nightly and cargo-fuzz).
+fuzz:
+	cd tests && $(CARGO) +nightly fuzz run $(TARGET) -- -max_total_time=$(or $(SECONDS),60)
+
+install: build
+	packaging/install "$(DESTDIR)" "$(PREFIX)"
+
+deb: build
+	packaging/build-deb
+
+clean:
+	$(CARGO) clean

@@ -1,0 +1,212 @@
+//! Runs every test of the workspace and counts them by kind: `make test`.
+//!
+//! Each kind is one call of `cargo test`. A test that cannot run on this machine says so in a line that
+//! begins with `cannot run:`; it is counted as skipped, never as passed.
+
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader};
+use std::process::{Command, ExitCode, Stdio};
+use std::time::Instant;
+
+/// What a test stands on.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+enum Kind {
+    Unit,
+    MicroGuest,
+    FuzzCorpus,
+    Lab,
+}
+
+impl Kind {
+    fn of(test: &str, group: Kind) -> Self {
+        if group == Kind::Lab {
+            Kind::Lab
+        } else if test.contains("micro_guest") {
+            Kind::MicroGuest
+        } else if test.contains("fuzz") {
+            Kind::FuzzCorpus
+        } else {
+            Kind::Unit
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Unit => "unit and property",
+            Self::MicroGuest => "micro-guest",
+            Self::FuzzCorpus => "fuzz corpus",
+            Self::Lab => "lab",
+        }
+    }
+}
+
+/// How many tests of one kind ended how.
+#[derive(Clone, Copy, Default, Debug, PartialEq, Eq)]
+struct Tally {
+    passed: u32,
+    failed: u32,
+    skipped: u32,
+}
+
+/// Reads libtest's output line by line.
+#[derive(Default)]
+struct Reader {
+    passed: Vec<String>,
+    failed: Vec<String>,
+    skipped: Vec<(String, String)>,
+    /// The test whose captured output is being shown.
+    shown: Option<String>,
+}
+
+impl Reader {
+    fn line(&mut self, line: &str) {
+        if let Some(test) = line.strip_prefix("---- ").and_then(|rest| rest.split(' ').next()) {
+            self.shown = Some(test.to_owned());
+        } else if let Some((test, end)) = line.strip_prefix("test ").and_then(|rest| rest.split_once(" ... "))
+        {
+            match end.split([' ', ',', '<']).next() {
+                Some("ok") => self.passed.push(test.to_owned()),
+                Some("FAILED") => self.failed.push(test.to_owned()),
+                Some("ignored") => self.skip(test, "ignored"),
+                _ => {}
+            }
+        } else if let Some(why) = line.trim_start().strip_prefix("cannot run:") {
+            let test = self.shown.clone().unwrap_or_default();
+            self.skip(&test, why.trim());
+        }
+    }
+
+    /// Counts a test as skipped, once, and no longer as passed.
+    fn skip(&mut self, test: &str, why: &str) {
+        if let Some(at) = self.passed.iter().position(|passed| passed == test) {
+            self.passed.swap_remove(at);
+        } else if self.skipped.iter().any(|(skipped, _)| skipped == test) {
+            return;
+        }
+        self.skipped.push((test.to_owned(), why.to_owned()));
+    }
+}
+
+/// Runs one `cargo test`, shows what matters and returns its outcome.
+fn run(arguments: &[&str]) -> std::io::Result<(Reader, bool)> {
+    let mut child = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+        .arg("test")
+        .args(arguments)
+        .stdout(Stdio::piped())
+        .spawn()?;
+    let mut reader = Reader::default();
+    let mut inside_success = false;
+    for line in
+        BufReader::new(child.stdout.take().into_iter().next().ok_or(std::io::ErrorKind::BrokenPipe)?).lines()
+    {
+        let line = line?;
+        reader.line(&line);
+        // `--show-output` repeats what passing tests printed; only their skips are of interest.
+        match line.as_str() {
+            "successes:" => inside_success = true,
+            "failures:" => inside_success = false,
+            _ if line.starts_with("test result:") => inside_success = false,
+            _ => {}
+        }
+        if !inside_success && !line.is_empty() {
+            println!("{line}");
+        }
+    }
+    Ok((reader, child.wait()?.success()))
+}
+
+fn main() -> ExitCode {
+    let start = Instant::now();
+    let common = ["--locked", "--no-fail-fast"];
+    let groups: [(&str, Kind, &[&str], &[&str]); 2] = [
+        (
+            "unit, micro-guest and fuzz-corpus tests",
+            Kind::Unit,
+            &["--workspace", "--exclude", "omega-lab"],
+            &["--show-output"],
+        ),
+        ("lab tests", Kind::Lab, &["-p", "omega-lab"], &["--show-output", "--test-threads=1"]),
+    ];
+    let only: Vec<String> = std::env::args().skip(1).collect();
+    let mut tallies: BTreeMap<Kind, Tally> = BTreeMap::new();
+    let mut skips = Vec::new();
+    let mut failures = Vec::new();
+    let mut broken = false;
+    for (title, group, selection, options) in groups {
+        if !only.is_empty() && !only.iter().any(|word| title.contains(word.as_str())) {
+            continue;
+        }
+        println!("== {title}");
+        let mut arguments = common.to_vec();
+        arguments.extend(selection);
+        arguments.push("--");
+        arguments.extend(options);
+        let (reader, success) = match run(&arguments) {
+            Ok(outcome) => outcome,
+            Err(error) => {
+                eprintln!("suite: Could not run cargo test: {error}");
+                return ExitCode::FAILURE;
+            }
+        };
+        broken |= !success && reader.failed.is_empty();
+        for test in &reader.passed {
+            tallies.entry(Kind::of(test, group)).or_default().passed += 1;
+        }
+        for test in &reader.failed {
+            tallies.entry(Kind::of(test, group)).or_default().failed += 1;
+            failures.push(test.clone());
+        }
+        for (test, why) in reader.skipped {
+            tallies.entry(Kind::of(&test, group)).or_default().skipped += 1;
+            skips.push((test, why));
+        }
+    }
+    println!("\n== Summary, after {} s", start.elapsed().as_secs());
+    let mut total = Tally::default();
+    for (kind, tally) in &tallies {
+        let Tally { passed, failed, skipped } = tally;
+        println!("{:<20} {passed:>4} passed {failed:>3} failed {skipped:>3} could not run", kind.name());
+        total.passed += passed;
+        total.failed += failed;
+        total.skipped += skipped;
+    }
+    for (test, why) in &skips {
+        println!("could not run: {test}: {why}");
+    }
+    for test in &failures {
+        println!("failed: {test}");
+    }
+    if broken {
+        println!("A test program did not build or ended without naming a failed test; see above.");
+        total.failed += 1;
+    }
+    println!("{} passed, {} failed, {} skipped", total.passed, total.failed, total.skipped);
+    if total.failed == 0 && total.passed > 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_test_that_says_it_cannot_run_is_skipped_not_passed() {
+        let mut reader = Reader::default();
+        for line in [
+            "test a::works ... ok",
+            "test a::micro_guest_runs ... ok",
+            "test b ... FAILED",
+            "test c ... ignored, too slow",
+            "test d - should panic ... ok <1.2s>",
+            "successes:",
+            "---- a::micro_guest_runs stdout ----",
+            "cannot run: there is no /dev/kvm",
+            "cannot run: said twice",
+        ] {
+            reader.line(line);
+        }
+        assert_eq!(reader.passed, ["a::works", "d - should panic"]);
+        assert_eq!(reader.failed, ["b"]);
+        let skipped: Vec<_> = reader.skipped.iter().map(|(test, _)| test.as_str()).collect();
+        assert_eq!(skipped, ["c", "a::micro_guest_runs"]);
+    }
+}
