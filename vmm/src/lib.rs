@@ -1,4 +1,6 @@
 //! Omega's virtual machine monitor: the machine, its memory, vCPUs, boot and configuration.
 
 pub mod config;
+pub mod console;
+pub mod control;
 pub mod units;

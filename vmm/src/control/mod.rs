@@ -1,0 +1,131 @@
+//! What may be asked of a running guest from outside, and the socket that carries it. `docs/control.md`
+//! describes the protocol.
+
+use std::collections::BTreeMap;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::units::Bytes;
+
+/// A running machine, as whoever controls it sees it. Every call may come from any thread and several at
+/// once; one that waits (pause, save) must not hold up [`Controlled::status`], [`Controlled::counters`]
+/// or [`Controlled::kill`].
+pub trait Controlled: Send + Sync {
+    /// What the machine is and does. Answers at once in every state.
+    fn status(&self) -> Status;
+
+    /// Stops all vCPUs together and drains the devices; returns when nothing touches guest memory any
+    /// more. Of a guest that is paused already: does nothing.
+    ///
+    /// # Errors
+    /// [`Error::NotNow`] while it starts or ends; [`Error::Failed`] when a device cannot be drained: then
+    /// the guest runs on.
+    fn pause(&self) -> Result<(), Error>;
+
+    /// Lets devices and vCPUs go on. Of a guest that runs already: does nothing.
+    ///
+    /// # Errors
+    /// [`Error::NotNow`] while it starts or ends; [`Error::Failed`] when a device cannot go on.
+    fn resume(&self) -> Result<(), Error>;
+
+    /// Presses the ACPI power button. The guest decides what follows; returns at once.
+    ///
+    /// # Errors
+    /// [`Error::NotNow`] while the guest cannot notice it (starting, paused, ending).
+    fn power_off(&self) -> Result<(), Error>;
+
+    /// Ends the guest without asking it, in any state, as pulling the plug would. Returns at once;
+    /// `Machine::run` then returns its exit.
+    fn kill(&self);
+
+    /// What was counted since the start. Answers at once in every state.
+    fn counters(&self) -> Counters;
+
+    /// Asks the guest to give up `target` bytes of its RAM through the balloon. Returns at once.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] without a balloon; [`Error::Failed`] when `target` is more than its RAM.
+    fn set_balloon(&self, target: Bytes) -> Result<(), Error>;
+
+    /// The state of vCPUs and devices as a value, without RAM. Only while paused.
+    ///
+    /// # Errors
+    /// [`Error::NotNow`] unless paused; [`Error::Failed`] when a device cannot save.
+    fn save_state(&self) -> Result<serde_json::Value, Error>;
+}
+
+/// What was counted: group (`vcpu0`, `disk0`, `net0`, `vmm`) → counter (`exits`, `read_bytes`) → value.
+/// Values only grow while the machine lives.
+pub type Counters = BTreeMap<String, BTreeMap<String, u64>>;
+
+/// Where a machine is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum State {
+    /// It is being built; no guest instruction has run.
+    Starting,
+    /// Its vCPUs run.
+    Running,
+    /// Its vCPUs stand still and its devices are drained.
+    Paused,
+    /// It is ending.
+    Ending,
+}
+
+/// What a machine is and does.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Status {
+    /// The guest's name.
+    pub name: String,
+    /// The process that runs it.
+    pub pid: u32,
+    /// Where it is in its life.
+    pub state: State,
+    /// Its vCPUs.
+    pub vcpus: u8,
+    /// Its RAM.
+    pub memory: Bytes,
+    /// What the balloon was asked to take of it; none without a balloon.
+    #[serde(default)]
+    pub balloon: Option<Bytes>,
+    /// Milliseconds since the start.
+    pub uptime_ms: u64,
+    /// How often the guest was reset.
+    pub resets: u64,
+    /// Its devices, in the order in which the guest sees them.
+    #[serde(default)]
+    pub devices: Vec<DeviceStatus>,
+}
+
+/// One device of a machine.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceStatus {
+    /// What it is called in messages and counters: `disk0`, `net0`, `serial`.
+    pub name: String,
+    /// Its kind, as in its state: `virtio-blk`.
+    pub kind: String,
+    /// One line for people: what stands behind it and how it does.
+    pub about: String,
+}
+
+/// A control call was refused or failed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
+#[serde(tag = "kind", content = "message", rename_all = "kebab-case")]
+pub enum Error {
+    /// The machine is in a state in which this cannot be done.
+    #[error("Not now: {0}")]
+    NotNow(String),
+    /// The machine lacks what this needs.
+    #[error("Not possible: {0}")]
+    Unsupported(String),
+    /// It was tried and failed.
+    #[error("{0}")]
+    Failed(String),
+    /// The request cannot be understood.
+    #[error("Invalid request: {0}")]
+    Invalid(String),
+    /// The guest serves as many control connections as it can.
+    #[error("Busy: {0}")]
+    Busy(String),
+}
