@@ -17,6 +17,7 @@ pub struct Buffer {
     iovecs: SmallVec<[libc::iovec; 4]>,
     len: usize,
     owner: Option<Arc<dyn Any + Send + Sync>>,
+    registered: Option<u16>,
 }
 
 // SAFETY: the pointers stay valid wherever `owner` goes, and access through them is by copy only.
@@ -42,7 +43,7 @@ impl Buffer {
         let iovec = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
         let len = bytes.len();
         let iovecs = SmallVec::from_slice(&[iovec]);
-        Self { iovecs, len, owner: Some(Arc::new(HeapBytes(Box::into_raw(bytes)))) }
+        Self { iovecs, len, owner: Some(Arc::new(HeapBytes(Box::into_raw(bytes)))), registered: None }
     }
 
     /// Names memory that `owner` keeps alive.
@@ -53,7 +54,7 @@ impl Buffer {
     pub unsafe fn from_iovecs(owner: Arc<dyn Any + Send + Sync>, iovecs: &[libc::iovec]) -> Self {
         let iovecs: SmallVec<[libc::iovec; 4]> = iovecs.iter().copied().filter(|v| v.iov_len > 0).collect();
         let len = iovecs.iter().map(|v| v.iov_len).sum();
-        Self { iovecs, len, owner: Some(owner) }
+        Self { iovecs, len, owner: Some(owner), registered: None }
     }
 
     /// Length in bytes over all segments.
@@ -66,6 +67,13 @@ impl Buffer {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len == 0
+    }
+
+    /// The index under which the memory is registered with the ring of the connection that it comes from:
+    /// then it is one segment, good for `READ_FIXED` and `WRITE_FIXED` on that ring.
+    #[must_use]
+    pub fn registered(&self) -> Option<u16> {
+        self.registered
     }
 
     /// The segments, for a system call. They are valid while this buffer lives.
@@ -96,7 +104,7 @@ impl Buffer {
             left -= take;
             skip = 0;
         }
-        Some(Self { iovecs, len, owner: self.owner.clone() })
+        Some(Self { iovecs, len, owner: self.owner.clone(), registered: self.registered })
     }
 
     /// Copies `from` into the buffer at `offset`; returns how many bytes fitted.

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use crate::buffer::Buffer;
 use crate::ring::{Completion, Ring};
-use crate::wire::{Class, Status};
+use crate::wire::{Body, Class, Status};
 
 /// Where to connect and how patient to be.
 #[derive(Clone, Debug)]
@@ -30,18 +30,21 @@ pub struct Call {
     pub opcode: u16,
     /// How urgent it is.
     pub class: Class,
-    /// A few structured bytes, at most [`wire::MAX_BODY`](crate::wire).
-    pub body: Vec<u8>,
-    /// Bytes to send along.
+    /// A few structured bytes, at most [`MAX_BODY`](crate::wire::MAX_BODY).
+    pub body: Body,
+    /// Bytes to send along, at most [`MAX_PAYLOAD`](crate::wire::MAX_PAYLOAD).
     pub payload: Buffer,
-    /// Where the answer's payload goes; an answer with more is an error of the peer.
+    /// Where the answer's payload goes; an answer with more is an error of the peer. At most
+    /// [`MAX_PAYLOAD`](crate::wire::MAX_PAYLOAD); empty for a `once` call, whose answer is status and body.
     pub answer: Buffer,
     /// The peer must not carry it out twice, even if it is sent again over a new connection. (A plain
     /// read may simply be repeated and costs the peer no memory.)
     pub once: bool,
     /// When to give up; `None` waits for ever.
     pub deadline: Option<Instant>,
-    /// May go out while a new session [waits for its set-up](Event::Opened).
+    /// May go out while a new session [waits for its set-up](Event::Opened), before everything else. It
+    /// belongs to that opening: if another session opens before its answer came, it is answered with
+    /// [`Status::CANCELLED`] ahead of the new [`Event::Opened`]. If the session resumes, it is sent again.
     pub setup: bool,
 }
 
@@ -53,7 +56,7 @@ pub struct Answer {
     /// What the peer said, or [`Status::DEADLINE`].
     pub status: Status,
     /// The answer's structured bytes.
-    pub body: Vec<u8>,
+    pub body: Body,
     /// The request's `payload`, back.
     pub payload: Buffer,
     /// The request's `answer`, filled with `received` bytes.
@@ -87,8 +90,10 @@ pub enum Event {
 }
 
 /// See the [module](self). Driven by the thread that owns the ring: [`submit`](Channel::submit)
-/// requests, hand it its [completions](Channel::complete), call [`tick`](Channel::tick) when the time it
-/// returned has come.
+/// requests, hand it its [completions](Channel::complete), and call [`tick`](Channel::tick) before every
+/// wait of the ring: that is when everything that became ready goes out, in one system call.
+///
+/// The kernel never holds a pointer to a call's buffers between two calls of these functions.
 pub struct Channel {
     _private: (),
 }
@@ -100,23 +105,34 @@ impl Channel {
         Self { _private: () }
     }
 
-    /// Sends `call`, now or when credits, class and connection allow. Never blocks.
-    pub fn submit(&mut self, _ring: &mut Ring, _call: Call) {}
+    /// Takes `call`; it goes out at the next [`tick`](Self::tick) when credits, class and connection
+    /// allow. Never blocks. A call that breaks a limit of [`Call`] is answered with
+    /// [`Status::MALFORMED`] at the next tick.
+    pub fn submit(&mut self, _call: Call) {}
 
     /// Looks at a completion of the ring. `false`: it is not this channel's.
     pub fn complete(&mut self, _ring: &mut Ring, _completion: Completion, _events: &mut Vec<Event>) -> bool {
         false
     }
 
-    /// Ends the set-up of a new session: requests in flight are sent again, then new ones follow.
-    pub fn ready(&mut self, _ring: &mut Ring) {}
+    /// Ends the set-up of a new session: requests in flight are sent again in the order in which they were
+    /// submitted, then new ones follow.
+    pub fn ready(&mut self) {}
 
-    /// Does what is due (connecting, pings, deadlines) and returns when it wants to be called next.
+    /// Sends what is ready, does what is due (connecting, pings, deadlines) and returns when it wants to
+    /// be called next at the latest. Call it before every wait of the ring.
     pub fn tick(&mut self, _ring: &mut Ring, _now: Instant, _events: &mut Vec<Event>) -> Option<Instant> {
         None
     }
 
-    /// Takes back every request that has no answer yet and closes the connection.
+    /// How many calls have no answer yet.
+    #[must_use]
+    pub fn in_flight(&self) -> usize {
+        0
+    }
+
+    /// Takes back every call that has no answer yet, in the order of submission, and closes the
+    /// connection. The peer forgets the session. Never blocks.
     pub fn close(&mut self, _ring: &mut Ring) -> Vec<Call> {
         Vec::new()
     }

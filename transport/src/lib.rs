@@ -8,6 +8,7 @@
 //!
 //! This crate knows nothing of what it carries. The wire format is drawn in `docs/wire.md`.
 
+pub mod blocking;
 pub mod buffer;
 pub mod channel;
 pub mod ring;

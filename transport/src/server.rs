@@ -1,10 +1,11 @@
 //! The answering side: accepts connections, each driven by a ring of its own.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use crate::buffer::Buffer;
 use crate::ring::{Completion, Ring};
-use crate::wire::{Class, Status};
+use crate::wire::{Body, Class, Status};
 
 /// What all connections of one serving process share: its identity, limits, and the sessions that a
 /// reconnecting peer may resume.
@@ -19,8 +20,14 @@ pub struct Limits {
     pub requests: u32,
     /// Payload bytes of such requests and their answers together.
     pub bytes: u64,
-    /// Sessions kept for peers that may come back.
+    /// Sessions at once, with those kept for peers that may come back.
     pub sessions: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { requests: 256, bytes: 16 << 20, sessions: 256 }
+    }
 }
 
 /// A request that came in.
@@ -33,7 +40,7 @@ pub struct Request {
     /// How urgent it is.
     pub class: Class,
     /// Its structured bytes.
-    pub body: Vec<u8>,
+    pub body: Body,
     /// Its payload, in a buffer of the connection's pool (registered with the ring where possible).
     pub payload: Buffer,
     /// How many payload bytes the peer expects back at most.
@@ -54,6 +61,12 @@ pub enum Event {
     },
     /// A request to carry out; never one of `once` that was carried out before.
     Request(Request),
+    /// The peer no longer waits for the answer to this request. It must still be answered, perhaps early
+    /// and with [`Status::CANCELLED`].
+    Cancel {
+        /// The request's id.
+        id: u64,
+    },
     /// The connection ended (a peer's error, a cut, or a newer connection of the same session). Finish
     /// what was begun, then drop it.
     Closed {
@@ -87,11 +100,36 @@ impl Connection {
         false
     }
 
-    /// A buffer of `len` bytes from the connection's pool, for an answer's payload.
+    /// Sends what is ready, does what is due (time-outs) and returns when it wants to be called next at
+    /// the latest. Call it before every wait of the ring.
+    pub fn tick(&mut self, _ring: &mut Ring, _now: Instant, _events: &mut Vec<Event>) -> Option<Instant> {
+        None
+    }
+
+    /// A page-aligned buffer of `len` bytes from the connection's pool, for an answer's payload; see
+    /// [`Buffer::registered`]. Its content is what some earlier request of this connection left there.
     pub fn buffer(&mut self, len: usize) -> Buffer {
         Buffer::zeroed(len)
     }
 
-    /// Answers the request `id`. After [`Event::Closed`] the answer is kept for the session only.
-    pub fn answer(&mut self, _ring: &mut Ring, _id: u64, _status: Status, _body: &[u8], _payload: Buffer) {}
+    /// Answers the request `id`; it goes out at the next [`tick`](Self::tick). After [`Event::Closed`] the
+    /// answer is kept for the session only.
+    pub fn answer(&mut self, _id: u64, _status: Status, _body: &[u8], _payload: Buffer) {}
+
+    /// Requests that were given out as events and have no answer yet.
+    #[must_use]
+    pub fn in_flight(&self) -> usize {
+        0
+    }
+
+    /// Whether everything is over: closed, and nothing in flight. Drop the connection then.
+    #[must_use]
+    pub fn is_finished(&self) -> bool {
+        false
+    }
+
+    /// Says goodbye: no new requests are taken (they are not answered either: the peer sends them again to
+    /// whoever serves next), the ones in flight still get their answers, then [`Event::Closed`] comes. For
+    /// a server that stops.
+    pub fn stop(&mut self, _reason: &str) {}
 }

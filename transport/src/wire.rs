@@ -1,5 +1,16 @@
 //! The bytes on the wire: frame header, hello, limits. Drawn in `docs/wire.md`.
 
+use smallvec::SmallVec;
+
+/// A frame's structured bytes. Up to 64 of them need no allocation.
+pub type Body = SmallVec<[u8; 64]>;
+
+/// Longest body of a frame in bytes.
+pub const MAX_BODY: usize = 4096;
+
+/// Longest payload of a frame in bytes.
+pub const MAX_PAYLOAD: usize = 1 << 20;
+
 /// How urgent a request is. A lower number goes first; frames of one class keep their order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(u8)]
