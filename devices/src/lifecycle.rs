@@ -7,6 +7,7 @@
 //!    └────── reset ──────┘                         └──restore──▶ stopped
 //! ```
 
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 /// A device's guest-visible state as a value.
@@ -18,6 +19,28 @@ pub struct DeviceState {
     pub version: u32,
     /// The state itself.
     pub data: serde_json::Value,
+}
+
+impl DeviceState {
+    /// The state `value` of a device.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if it cannot be written as JSON (a map with keys that are not text).
+    pub fn of<T: Serialize>(kind: &'static str, version: u32, value: &T) -> Result<Self, Error> {
+        let data = serde_json::to_value(value).map_err(|e| Error::Invalid { kind, why: e.to_string() })?;
+        Ok(Self { kind: kind.to_owned(), version, data })
+    }
+
+    /// The value behind the state, if it is one of `kind` and `version`.
+    ///
+    /// # Errors
+    /// [`Error::Foreign`], [`Error::Invalid`].
+    pub fn value<T: DeserializeOwned>(&self, kind: &'static str, version: u32) -> Result<T, Error> {
+        if self.kind != kind || self.version != version {
+            return Err(Error::Foreign { expected: kind, found: self.kind.clone(), version: self.version });
+        }
+        T::deserialize(&self.data).map_err(|e| Error::Invalid { kind, why: e.to_string() })
+    }
 }
 
 /// A lifecycle call failed.
