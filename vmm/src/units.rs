@@ -1,9 +1,11 @@
 //! Quantities as people write them: `8G`, `50ms`.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
 
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Serialize};
 
 /// A number of bytes; written `512`, `64K`, `8M`, `1.5G`, `2T` (powers of 1024; an `iB` or `B` may follow).
@@ -110,6 +112,36 @@ impl TryFrom<String> for Span {
 impl From<Span> for String {
     fn from(span: Span) -> Self {
         span.to_string()
+    }
+}
+
+impl JsonSchema for Bytes {
+    fn schema_name() -> Cow<'static, str> {
+        "Bytes".into()
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({
+            "type": "string",
+            "format": "size",
+            "pattern": "^ *[0-9]+(\\.[0-9]+)? *([KkMGT]?i?B?) *$",
+            "description": "A number of bytes: `512`, `64K`, `8M`, `1.5G`, `2T` (powers of 1024).",
+        })
+    }
+}
+
+impl JsonSchema for Span {
+    fn schema_name() -> Cow<'static, str> {
+        "Span".into()
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({
+            "type": "string",
+            "format": "time",
+            "pattern": "^ *[0-9]+(\\.[0-9]+)? *(us|µs|ms|s|m|min|h) *$",
+            "description": "A span of time: `50us`, `50ms`, `5s`, `2m`, `1h`.",
+        })
     }
 }
 

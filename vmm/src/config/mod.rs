@@ -1,13 +1,23 @@
 //! A guest's configuration: the shape of `guest.toml`.
 
-use std::path::PathBuf;
+#[cfg(test)]
+mod mistakes_test;
+mod shape;
+pub mod toml_file;
+mod validate;
 
+use std::path::{Path, PathBuf};
+
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::units::{Bytes, Span};
 
+pub use toml_file::{Mistake, Mistakes};
+pub use validate::{LONGEST_CMDLINE, LONGEST_SERIAL, MOST_DEVICES, name_mistake, parse_mac};
+
 /// A guest: everything in `guest.toml`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Guest {
     /// The name under which `omega ps`, `omega console` and `omega stop` know it: letters, digits, `-`, `_`, `.`.
@@ -43,8 +53,50 @@ pub struct Guest {
     pub on: On,
 }
 
+impl Guest {
+    /// Reads and checks `path`. Relative paths in it become relative to where it is. The files that it
+    /// names are not looked at.
+    ///
+    /// # Errors
+    /// All mistakes at once, each with its line, column and key.
+    pub fn load(path: &Path) -> Result<Self, Mistakes> {
+        toml_file::load(path, validate::check).map(|guest: Self| guest.rooted(path))
+    }
+
+    /// As [`Guest::load`], and reports files that are named but cannot be read as mistakes.
+    ///
+    /// # Errors
+    /// All mistakes at once, each with its line, column and key.
+    pub fn load_with_files(path: &Path) -> Result<Self, Mistakes> {
+        let check = |guest: &Self, checker: &mut toml_file::Checker<'_>| {
+            validate::check(guest, checker);
+            validate::check_files(guest, path, checker);
+        };
+        toml_file::load(path, check).map(|guest: Self| guest.rooted(path))
+    }
+
+    /// As [`Guest::load`], of a text; `path` stands in messages and is what relative paths start from.
+    ///
+    /// # Errors
+    /// All mistakes at once, each with its line, column and key.
+    pub fn parse(path: &Path, text: &str) -> Result<Self, Mistakes> {
+        toml_file::parse(path, text, validate::check).map(|guest: Self| guest.rooted(path))
+    }
+
+    fn rooted(mut self, config: &Path) -> Self {
+        let root = |path: &mut PathBuf| *path = toml_file::beside(config, path);
+        root(&mut self.kernel.image);
+        self.kernel.initrd.as_mut().map(root);
+        self.disk.iter_mut().filter_map(|disk| disk.path.as_mut()).for_each(root);
+        if let Serial::File(path) = &mut self.serial {
+            root(path);
+        }
+        self
+    }
+}
+
 /// What to boot.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Kernel {
     /// A bzImage (a distribution's `vmlinuz`) or an ELF kernel with a PVH entry (`vmlinux`).
@@ -58,10 +110,11 @@ pub struct Kernel {
 }
 
 /// The guest's processors.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Cpu {
     /// How many, 1 to 64.
+    #[schemars(range(min = 1, max = 64))]
     pub count: u8,
 }
 
@@ -72,7 +125,7 @@ impl Default for Cpu {
 }
 
 /// The guest's RAM.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Memory {
     /// How much.
@@ -88,7 +141,7 @@ impl Default for Memory {
 }
 
 /// One NUMA node as the guest sees it.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct NumaNode {
     /// Its RAM.
@@ -98,7 +151,7 @@ pub struct NumaNode {
 }
 
 /// A disk: either `path` or `remote` is given.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Disk {
     /// A raw image or block device on this PC.
@@ -113,8 +166,9 @@ pub struct Disk {
     /// Whether the guest may only read.
     #[serde(default)]
     pub read_only: bool,
-    /// How many request queues; by default one for each vCPU, at most 4.
+    /// How many request queues, 1 to 16; by default one for each vCPU, at most 4.
     #[serde(default)]
+    #[schemars(range(min = 1, max = 16))]
     pub queues: Option<u16>,
     /// Bypass this PC's page cache (`O_DIRECT`) for a local disk.
     #[serde(default)]
@@ -122,7 +176,7 @@ pub struct Disk {
 }
 
 /// A volume that an agent serves.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct RemoteDisk {
     /// The agent, `host` or `host:port`; the port is 7420 by default.
@@ -138,7 +192,7 @@ pub struct RemoteDisk {
 }
 
 /// What a guest's request meets when the agent was away for longer than its patience.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum OnTimeout {
     /// It waits on; only the log says so.
@@ -149,7 +203,7 @@ pub enum OnTimeout {
 }
 
 /// A network card.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Net {
     /// The TAP interface on this PC; it must exist and belong to the user, or be creatable.
@@ -157,13 +211,14 @@ pub struct Net {
     /// Its MAC address; derived from the guest's name by default.
     #[serde(default)]
     pub mac: Option<String>,
-    /// How many pairs of queues.
+    /// How many pairs of queues, 1 to 16; 1 by default.
     #[serde(default)]
+    #[schemars(range(min = 1, max = 16))]
     pub queues: Option<u16>,
 }
 
 /// Where the serial port is connected.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Serial {
     /// The terminal that `omega run` was started in (and `omega console`).
@@ -178,12 +233,12 @@ pub enum Serial {
 }
 
 /// A virtio console, reached by `omega console --virtio`.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Console {}
 
 /// The entropy device.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Rng {
     /// Whether there is one.
@@ -197,7 +252,7 @@ impl Default for Rng {
 }
 
 /// The balloon.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Balloon {
     /// How much RAM the guest is asked to give up at the start.
@@ -207,7 +262,7 @@ pub struct Balloon {
 }
 
 /// What the guest's own acts do.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct On {
     /// The guest restarts itself.
@@ -217,7 +272,7 @@ pub struct On {
 }
 
 /// What a reboot of the guest does.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum OnReboot {
     /// The guest starts again.
@@ -228,7 +283,7 @@ pub enum OnReboot {
 }
 
 /// What a panic of the guest does.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum OnPanic {
     /// `omega run` ends with its own exit code.

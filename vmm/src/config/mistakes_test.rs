@@ -1,0 +1,196 @@
+//! Every mistake that people make in `guest.toml`, and the line that they read.
+
+use std::path::Path;
+
+use super::Guest;
+
+/// `text` in place of what the smallest guest says; each case gives the whole file.
+fn lines(text: &str) -> Vec<String> {
+    match Guest::parse(Path::new("guest.toml"), text) {
+        Ok(_) => Vec::new(),
+        Err(mistakes) => mistakes.0.iter().map(ToString::to_string).collect(),
+    }
+}
+
+const HEAD: &str = "name = 'g'\n[kernel]\nimage = 'vmlinuz'\n";
+
+#[test]
+fn each_mistake_names_file_line_column_key_and_mend() {
+    let cases: &[(&str, &[&str])] = &[
+        ("[cpu]\ncuont = 2\n", &["guest.toml:5:1: key `cpu.cuont`: unknown key; did you mean `count`?"]),
+        ("[memry]\nsize = '1G'\n", &["guest.toml:4:2: key `memry`: unknown key; did you mean `memory`?"]),
+        (
+            "[on]\nboot = 'exit'\nzzz = 1\n",
+            &[
+                "guest.toml:5:1: key `on.boot`: unknown key; did you mean `reboot`?",
+                "guest.toml:6:1: key `on.zzz`: unknown key; valid are `panic`, `reboot`",
+            ],
+        ),
+        ("[cpu]\ncount = 65\n", &["guest.toml:5:1: key `cpu.count`: must be from 1 to 64, not 65"]),
+        ("[cpu]\ncount = 0\n", &["guest.toml:5:1: key `cpu.count`: must be from 1 to 64, not 0"]),
+        ("[cpu]\ncount = 300\n", &["guest.toml:5:1: key `cpu.count`: must be from 1 to 64, not 300"]),
+        ("[cpu]\ncount = '2'\n", &["guest.toml:5:1: key `cpu.count`: must be a whole number, not a text"]),
+        (
+            "[memory]\nsize = 512\n",
+            &["guest.toml:5:1: key `memory.size`: must be a size in quotes, as \"512M\", not a whole number"],
+        ),
+        (
+            "[memory]\nsize = '8 gigs'\n",
+            &["guest.toml:5:1: key `memory.size`: `8 gigs` is not a size; write for example `512M` or `8G`"],
+        ),
+        ("[memory]\nsize = '4K'\n", &["guest.toml:5:1: key `memory.size`: must be from 1M to 8T, not 4K"]),
+        (
+            "[memory]\nsize = '1048577'\n",
+            &["guest.toml:5:1: key `memory.size`: must be a multiple of the page size, 4K; it is 1048577"],
+        ),
+        (
+            "[memory]\nsize = '1G'\nnuma = [{ size = '512M', cpus = [0] }, { size = '256M', cpus = [0, 7] }]\n",
+            &[
+                "guest.toml:6:1: key `memory.numa`: the nodes' sizes add up to 768M, but `memory.size` is 1G",
+                "guest.toml:6:65: key `memory.numa[1].cpus[0]`: vCPU 0 is in `memory.numa[0]` already",
+                "guest.toml:6:68: key `memory.numa[1].cpus[1]`: there is no vCPU 7; they are numbered 0 to 0",
+            ],
+        ),
+        (
+            "[[disk]]\nserial = 'a'\n",
+            &[
+                "guest.toml:4:1: key `disk[0]`: needs `path` (an image on this PC) or `remote` (a volume on another)",
+            ],
+        ),
+        (
+            "[[disk]]\npath = 'a'\nremote = { agent = 'b', volume = 'c' }\n",
+            &["guest.toml:6:1: key `disk[0].remote`: a disk has either `path` or `remote`, not both"],
+        ),
+        (
+            "[[disk]]\npath = 'a'\nserial = 'x'\n[[disk]]\npath = 'b'\nserial = 'x'\n",
+            &["guest.toml:9:1: key `disk[1].serial`: `x` is the serial number of `disk[0]` already"],
+        ),
+        (
+            "[[disk]]\npath = 'a'\n[[disk]]\npath = 'a'\nread_only = true\n",
+            &["guest.toml:6:1: key `disk[1]`: is the same as `disk[0]`; only read-only disks may share"],
+        ),
+        (
+            "[[disk]]\npath = 'a'\nserial = '123456789012345678901'\n",
+            &["guest.toml:6:1: key `disk[0].serial`: must be 1 to 20 bytes long, not 21"],
+        ),
+        (
+            "[[disk]]\nremote = { agent = '::1', volume = 'a/b', on_timeout = 'err', patience = '5' }\n",
+            &[
+                "guest.toml:5:43: key `disk[0].remote.on_timeout`: unknown value; did you mean `error`?",
+                "guest.toml:5:63: key `disk[0].remote.patience`: `5` is not a time; write for example `50ms` or `5s`",
+            ],
+        ),
+        (
+            "[[disk]]\nremote = { agent = '::1', volume = 'a/b' }\ndirect = true\n",
+            &[
+                "guest.toml:5:12: key `disk[0].remote.agent`: is an IPv6 address without brackets; write `host`, `host:port` or `[IPv6 address]:port`",
+                "guest.toml:5:27: key `disk[0].remote.volume`: may hold letters, digits, `-`, `_` and `.` only, not '/'",
+                "guest.toml:6:1: key `disk[0].direct`: is for local disks; the agent decides it for its volumes",
+            ],
+        ),
+        (
+            "[[disk]]\nremote = { agent = 'pc2:99999' }\n",
+            &["guest.toml:5:1: key `disk[0].remote.volume`: is missing"],
+        ),
+        (
+            "[[net]]\ntap = 'tap0'\nmac = '52:54:00:12:34'\n[[net]]\ntap = 'tap0'\nmac = '01:00:5e:00:00:01'\n",
+            &[
+                "guest.toml:6:1: key `net[0].mac`: `52:54:00:12:34` is not a MAC address; write for example `52:54:00:12:34:56`",
+                "guest.toml:8:1: key `net[1].tap`: `tap0` is used by `net[0]` already",
+                "guest.toml:9:1: key `net[1].mac`: `01:00:5e:00:00:01` is a group's address; the first byte of a card's own is even",
+            ],
+        ),
+        (
+            "[[net]]\ntap = 'a-name-that-is-too-long'\nqueues = 17\n",
+            &[
+                "guest.toml:5:1: key `net[0].tap`: an interface's name is 1 to 15 bytes long, not 23",
+                "guest.toml:6:1: key `net[0].queues`: must be from 1 to 16, not 17",
+            ],
+        ),
+        (
+            "[balloon]\nsize = '1G'\n",
+            &["guest.toml:5:1: key `balloon.size`: is more than the guest's memory, 512M"],
+        ),
+        (
+            "[on]\nreboot = 'stop'\n",
+            &["guest.toml:5:1: key `on.reboot`: unknown value; valid are `restart`, `exit`"],
+        ),
+        ("[cpu]\ncount = \n", &["guest.toml:5:9: string values must be quoted, expected literal string"]),
+    ];
+    for (tail, expected) in cases {
+        assert_eq!(lines(&format!("{HEAD}{tail}")), *expected, "for:\n{tail}");
+    }
+}
+
+#[test]
+fn mistakes_at_the_top_are_found_too() {
+    let cases: &[(&str, &[&str])] = &[
+        ("name = 'g'\n", &["guest.toml:1:1: key `kernel`: is missing"]),
+        (
+            "[kernel]\nimages = 'v'\n",
+            &[
+                "guest.toml:1:1: key `name`: is missing",
+                "guest.toml:1:2: key `kernel.image`: is missing",
+                "guest.toml:2:1: key `kernel.images`: unknown key; did you mean `image`?",
+            ],
+        ),
+        (
+            "name = '../x'\nserial = 'terminl'\nkernel = { image = 'v' }\n",
+            &["guest.toml:2:1: key `serial`: unknown value; did you mean `terminal`?"],
+        ),
+        (
+            "name = '../x'\nserial = { file = 1 }\nkernel = { image = 'v' }\n",
+            &["guest.toml:2:12: key `serial.file`: must be a text in quotes, not a whole number"],
+        ),
+        (
+            "name = '../x'\nkernel = { image = '' }\n",
+            &[
+                "guest.toml:1:1: key `name`: may hold letters, digits, `-`, `_` and `.` only, not '/'",
+                "guest.toml:2:12: key `kernel.image`: is empty",
+            ],
+        ),
+        ("name = 'g'\nname = 'h'\nkernel = { image = 'v' }\n", &["guest.toml:2:1: duplicate key"]),
+    ];
+    for (text, expected) in cases {
+        assert_eq!(lines(text), *expected, "for:\n{text}");
+    }
+}
+
+#[test]
+fn a_command_line_longer_than_the_kernel_takes_is_refused() {
+    let text = format!("name='g'\n[kernel]\nimage='v'\ncmdline='{}'\n", "x".repeat(2048));
+    let expected = "guest.toml:4:1: key `kernel.cmdline`: is 2048 bytes long; a kernel takes at most 2047";
+    assert_eq!(lines(&text), [expected]);
+}
+
+#[test]
+fn a_full_configuration_is_read_and_its_paths_are_beside_it() {
+    let text = "name = 'desk-1'\nserial = { file = 'log' }\n[kernel]\nimage = 'vmlinuz'\ninitrd = '/boot/i'\n\
+        cmdline = 'root=/dev/vda'\n[cpu]\ncount = 4\n[memory]\nsize = '1G'\n\
+        numa = [{ size = '512M', cpus = [0, 1] }, { size = '512M', cpus = [2, 3] }]\n\
+        [[disk]]\npath = 'a.raw'\ndirect = true\n[[disk]]\n\
+        remote = { agent = '[fe80::1]:7420', volume = 'root', patience = '5m', on_timeout = 'error' }\n\
+        [[net]]\ntap = 'tap0'\nmac = '52:54:00:12:34:56'\nqueues = 2\n[console]\n[rng]\nenabled = false\n\
+        [balloon]\nsize = '256M'\nfree_page_reporting = true\n[on]\nreboot = 'exit'\npanic = 'restart'\n";
+    let guest = Guest::parse(Path::new("/g/guest.toml"), text).expect("the configuration is right");
+    assert_eq!(guest.kernel.image, Path::new("/g/vmlinuz"));
+    assert_eq!(guest.kernel.initrd.as_deref(), Some(Path::new("/boot/i")));
+    assert_eq!(guest.disk[0].path.as_deref(), Some(Path::new("/g/a.raw")));
+    assert_eq!(guest.serial, super::Serial::File("/g/log".into()));
+}
+
+#[test]
+fn any_text_is_read_or_refused_with_a_reason() {
+    let mut runner = proptest::test_runner::TestRunner::deterministic();
+    runner
+        .run(&"(name|kernel|disk|=|\\[|\\]|\\{|\\}|\n|'g'|image|1|\"|,|\\.|\\PC){0,40}", |text| {
+            if let Err(mistakes) = Guest::parse(Path::new("g"), &text) {
+                proptest::prop_assert!(!mistakes.0.is_empty());
+                for mistake in mistakes.0 {
+                    proptest::prop_assert!(!mistake.what.is_empty() && mistake.position.is_some());
+                }
+            }
+            Ok(())
+        })
+        .expect("no text breaks the reader");
+}
