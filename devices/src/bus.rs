@@ -120,7 +120,8 @@ impl Bus {
 
 /// Turns writes to an address into eventfd signals without leaving the kernel (`KVM_IOEVENTFD`).
 pub trait DoorbellRegistry: Send + Sync {
-    /// From now on a `len`-byte MMIO write to `address` signals `event` (of `value` only, if given).
+    /// From now on a `len`-byte MMIO write to `address` signals `event` (of `value` only, if given). A
+    /// `len` of 0 means a write of any length, and allows no `value`.
     ///
     /// # Errors
     /// The hypervisor refuses.

@@ -9,6 +9,7 @@ pub mod bus;
 pub mod disk;
 pub mod irq;
 pub mod lifecycle;
+pub mod pci;
 pub mod platform;
 
 /// The guest's RAM as devices see it.

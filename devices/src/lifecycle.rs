@@ -76,6 +76,14 @@ pub enum Error {
     },
 }
 
+impl Error {
+    /// An [`Error::Invalid`].
+    #[must_use]
+    pub fn invalid(kind: &'static str, why: impl Into<String>) -> Self {
+        Self::Invalid { kind, why: why.into() }
+    }
+}
+
 /// A device that can stop, drain, save its state, restore it and start.
 ///
 /// vCPUs do not run while any of these is called, but other threads of the machine do.
@@ -90,7 +98,9 @@ pub trait Lifecycle: Send + Sync {
     fn start(&self) -> Result<(), Error>;
 
     /// Stops touching guest memory and raising interrupts. Requests in flight are finished first and
-    /// their results are visible to the guest. Idempotent.
+    /// their results are visible to the guest; those that do not finish within the device's patience
+    /// (their disk's PC is away) stay unanswered, belong to the state, and are carried out again by
+    /// [`start`](Self::start). Idempotent.
     ///
     /// # Errors
     /// A request cannot be finished.
