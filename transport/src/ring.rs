@@ -74,6 +74,7 @@ impl Completion {
 pub struct Ring {
     uring: IoUring,
     backlog: VecDeque<squeue::Entry>,
+    put_back: VecDeque<Completion>,
     sources: u16,
 }
 
@@ -99,7 +100,7 @@ impl Ring {
             Err(e) if e.raw_os_error() == Some(libc::EINVAL) => IoUring::new(entries)?,
             Err(e) => return Err(e),
         };
-        Ok(Self { uring, backlog: VecDeque::new(), sources: OWN.0 })
+        Ok(Self { uring, backlog: VecDeque::new(), put_back: VecDeque::new(), sources: OWN.0 })
     }
 
     /// A new source.
@@ -153,7 +154,7 @@ impl Ring {
     /// # Errors
     /// As [`submit`](Self::submit).
     pub fn wait(&mut self, timeout: Option<Duration>) -> io::Result<()> {
-        let ready = !self.uring.completion().is_empty();
+        let ready = !self.put_back.is_empty() || !self.uring.completion().is_empty();
         self.enter(usize::from(!ready), timeout)
     }
 
@@ -194,6 +195,9 @@ impl Ring {
 
     /// The next finished operation, if there is one.
     pub fn reap(&mut self) -> Option<Completion> {
+        if let Some(completion) = self.put_back.pop_front() {
+            return Some(completion);
+        }
         loop {
             let entry = self.uring.completion().next()?;
             let token = Token(entry.user_data());
@@ -201,6 +205,11 @@ impl Ring {
                 return Some(Completion { token, result: entry.result(), flags: entry.flags() });
             }
         }
+    }
+
+    /// Gives back completions of other sources that a caller reaped while it waited for its own.
+    pub fn put_back(&mut self, completions: impl IntoIterator<Item = Completion>) {
+        self.put_back.extend(completions);
     }
 
     /// The io_uring itself, to register buffers or files with it.

@@ -1,6 +1,8 @@
 //! Disks: what a virtio-blk device stands on. Caching, mirroring, delay and fault injection are disks
 //! that wrap disks.
 
+pub mod file;
+
 use std::io;
 use std::time::Instant;
 
@@ -127,4 +129,25 @@ pub trait Disk: Send {
 
     /// One line for people: what and where this disk is, and how it does.
     fn describe(&self) -> String;
+}
+
+/// Whether a disk of this geometry takes `request`: every disk asks this before it does anything.
+///
+/// # Errors
+/// [`Error::OutOfRange`], [`Error::ReadOnly`].
+pub fn check(geometry: &Geometry, request: &Request) -> Result<(), Error> {
+    let Request { operation, offset, len, buffer, .. } = request;
+    let (offset, len) = (*offset, *len);
+    if *operation == Operation::Flush {
+        return Ok(());
+    }
+    let inside = offset.checked_add(len).is_some_and(|end| end <= geometry.size);
+    let moves = matches!(operation, Operation::Read | Operation::Write);
+    if !inside || (offset | len) % 512 != 0 || (moves && buffer.len() as u64 != len) {
+        return Err(Error::OutOfRange { offset, len });
+    }
+    if geometry.read_only && *operation != Operation::Read {
+        return Err(Error::ReadOnly);
+    }
+    Ok(())
 }
