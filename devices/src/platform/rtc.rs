@@ -124,7 +124,7 @@ impl State {
     }
 
     fn encode(&self, value: u8) -> u8 {
-        if self.register(REGISTER_B) & DM != 0 { value } else { (value / 10) << 4 | value % 10 }
+        if self.register(REGISTER_B) & DM != 0 { value } else { ((value / 10) << 4) | (value % 10) }
     }
 
     fn decode(&self, value: u8) -> u8 {
@@ -136,7 +136,7 @@ impl State {
             return self.encode(hour);
         }
         let half = if hour >= 12 { PM } else { 0 };
-        half | self.encode(if hour % 12 == 0 { 12 } else { hour % 12 })
+        half | self.encode(if hour.is_multiple_of(12) { 12 } else { hour % 12 })
     }
 
     fn decode_hour(&self, value: u8) -> u8 {
