@@ -2,6 +2,7 @@
 //! that wrap disks.
 
 pub mod file;
+pub mod volume;
 
 use std::io;
 use std::time::Instant;
