@@ -11,6 +11,7 @@ pub mod irq;
 pub mod lifecycle;
 pub mod pci;
 pub mod platform;
+pub mod thread;
 
 /// The guest's RAM as devices see it.
 pub type GuestMemory = vm_memory::GuestMemoryMmap<()>;
