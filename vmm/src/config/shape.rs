@@ -93,9 +93,9 @@ impl<'s> Shape<'s> {
             if let Some(known) = known {
                 self.value(value, name.span().start, known, &inner, found);
             } else if others == Some(&Json::Bool(false)) {
-                let names =
-                    properties.map(|all| all.keys().map(String::as_str).collect()).unwrap_or_default();
-                found.push((name.span().start, inner, unknown("unknown key", name.get_ref(), names)));
+                let names: Vec<&str> =
+                    properties.into_iter().flatten().map(|(name, _)| name.as_str()).collect();
+                found.push((name.span().start, inner, unknown("unknown key", name.get_ref(), &names)));
             } else if let Some(others) = others.filter(|others| others.is_object()) {
                 self.value(value, name.span().start, others, &inner, found);
             }
@@ -132,7 +132,7 @@ impl<'s> Shape<'s> {
         let names: Vec<&str> = branches.iter().flat_map(|branch| names(self.resolve(branch))).collect();
         match (value.get_ref(), closest) {
             (DeValue::String(text), None) if !names.is_empty() => {
-                found.push((at, path.clone(), unknown("unknown value", text, names)));
+                found.push((at, path.clone(), unknown("unknown value", text, &names)));
             }
             (_, Some(closest)) => found.extend(closest),
             (other, None) => {
@@ -153,11 +153,11 @@ fn names(branch: &Json) -> Vec<&str> {
     branch.get("enum").and_then(Json::as_array).into_iter().flatten().filter_map(Json::as_str).collect()
 }
 
-fn unknown(what: &str, written: &str, names: Vec<&str>) -> String {
+fn unknown(what: &str, written: &str, names: &[&str]) -> String {
     match nearest(written, names.iter().copied()) {
         Some(name) => format!("{what}; did you mean `{name}`?"),
         None if names.is_empty() => what.to_owned(),
-        None => format!("{what}; valid are {}", quoted(&names)),
+        None => format!("{what}; valid are {}", quoted(names)),
     }
 }
 
@@ -224,7 +224,7 @@ fn of(value: &DeValue<'_>) -> &'static str {
 fn text_mistake(schema: &Json, text: &str) -> Option<String> {
     let names = names(schema);
     if !names.is_empty() {
-        return (!names.contains(&text)).then(|| unknown("unknown value", text, names));
+        return (!names.contains(&text)).then(|| unknown("unknown value", text, &names));
     }
     match schema.get("format").and_then(Json::as_str) {
         Some("size") => text.parse::<Bytes>().err(),

@@ -105,7 +105,7 @@ fn memory(memory: &Memory, cpus: u8, checker: &mut Checker<'_>) {
     let size = memory.size;
     if size.0 < LEAST_MEMORY || size.0 > MOST_MEMORY {
         checker.wrong(&key.key("size"), format!("must be from 1M to 8T, not {size}"));
-    } else if size.0 % PAGE != 0 {
+    } else if !size.0.is_multiple_of(PAGE) {
         checker.wrong(&key.key("size"), format!("must be a multiple of the page size, 4K; it is {size}"));
     }
     if memory.numa.is_empty() {
@@ -120,7 +120,7 @@ fn memory(memory: &Memory, cpus: u8, checker: &mut Checker<'_>) {
     let mut owner = HashMap::new();
     for (index, node) in memory.numa.iter().enumerate() {
         let key = numa.index(index);
-        if node.size.0 == 0 || node.size.0 % PAGE != 0 {
+        if node.size.0 == 0 || !node.size.0.is_multiple_of(PAGE) {
             checker.wrong(&key.key("size"), "must be a multiple of the page size, 4K, and not 0");
         }
         for (at, cpu) in node.cpus.iter().enumerate() {

@@ -1,42 +1,83 @@
 //! The hub: one console of one guest.
 
 use std::collections::VecDeque;
+use std::fs::OpenOptions;
 use std::io::{self, Write};
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::Error;
+use super::escape::Command;
+use super::event::Event;
+use super::pump::{Pump, Terminal};
+use super::terminal;
 use crate::config::Serial;
+use crate::control::socket;
 
 /// Output that waits for the hub's thread; more is dropped, and a notice says so.
-const PENDING_OUTPUT: usize = 256 << 10;
+const PENDING_OUTPUT: usize = 128 << 10;
+/// The hub's thread needs little.
+const STACK: usize = 128 << 10;
+/// How long [`Hub::finish`] waits for readers to take the last output.
+pub(super) const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// How a hub is set up, beside the guest's configuration.
-#[derive(Clone, Debug, Default)]
+#[derive(Default)]
 pub struct Options {
     /// Where `omega console` connects; none: nowhere.
     pub socket: Option<PathBuf>,
+    /// What is done with what the person at the terminal asks behind the escape key. Called on the hub's
+    /// thread; must not block.
+    pub command: Option<Box<dyn Fn(Command) + Send + Sync>>,
 }
 
 type Input = Box<dyn Fn(&[u8]) -> usize + Send + Sync>;
 type Resize = Box<dyn Fn(u16, u16) + Send + Sync>;
 
 #[derive(Default)]
-struct Output {
-    bytes: VecDeque<u8>,
-    dropped: u64,
-    signalled: bool,
+pub(super) struct Output {
+    pub(super) bytes: VecDeque<u8>,
+    pub(super) dropped: u64,
+    /// The hub's thread knows that there is something, or will look soon.
+    pub(super) signalled: bool,
 }
 
-struct Shared {
+pub(super) struct Shared {
     /// Whether anybody can ever read what is written.
     on: bool,
     output: Mutex<Output>,
-    input: Mutex<Option<Input>>,
+    pub(super) input: Mutex<Option<Input>>,
+    pub(super) room: Mutex<Option<Event>>,
     resize: Mutex<Option<Resize>>,
-    wake: EventFd,
+    size: Mutex<Option<(u16, u16)>>,
+    pub(super) wake: Event,
+    pub(super) finish: AtomicBool,
+    /// Whether the hub's thread ended.
+    finished: (Mutex<bool>, Condvar),
+}
+
+impl Shared {
+    pub(super) fn output(&self) -> MutexGuard<'_, Output> {
+        lock(&self.output)
+    }
+
+    pub(super) fn wake(&self) {
+        // An eventfd that is full is readable already.
+        let _ = self.wake.0.write(1);
+    }
+
+    pub(super) fn ended(&self) {
+        *lock(&self.finished.0) = true;
+        self.finished.1.notify_all();
+    }
+}
+
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// One console of one guest. Cheap to clone; all clones are the same console.
@@ -46,20 +87,53 @@ pub struct Hub {
 }
 
 impl Hub {
-    /// Sets the console up as `serial` says.
+    /// Sets the console up as `serial` says, and starts its thread. With [`Serial::Terminal`] the process's
+    /// terminal becomes raw until [`Hub::finish`].
     ///
     /// # Errors
-    /// The socket or file cannot be made.
+    /// The socket or file cannot be made, the terminal cannot be made raw, or no thread is left.
     pub fn open(serial: &Serial, options: Options) -> Result<Self, Error> {
-        drop(options);
-        let shared = Shared {
-            on: !matches!(serial, Serial::Off),
+        let on = !matches!(serial, Serial::Off);
+        let shared = Arc::new(Shared {
+            on,
             output: Mutex::default(),
             input: Mutex::default(),
+            room: Mutex::default(),
             resize: Mutex::default(),
-            wake: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
+            size: Mutex::default(),
+            wake: Event(Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?)),
+            finish: AtomicBool::new(false),
+            finished: (Mutex::new(!on), Condvar::new()),
+        });
+        let hub = Self { shared: Arc::clone(&shared) };
+        if !on {
+            return Ok(hub);
+        }
+        let Options { socket, command } = options;
+        let listener = match socket {
+            Some(path) => match socket::listen(&path) {
+                Ok(listener) => Some((listener, path)),
+                Err(source) => return Err(Error::Socket { path, source }),
+            },
+            None => None,
         };
-        Ok(Self { shared: Arc::new(shared) })
+        let file = match serial {
+            Serial::File(path) => match OpenOptions::new().append(true).create(true).open(path) {
+                Ok(file) => Some(file),
+                Err(source) => return Err(Error::File { path: path.clone(), source }),
+            },
+            _ => None,
+        };
+        let terminal = match serial {
+            Serial::Terminal => {
+                hub.window_changed();
+                Some(Terminal::open(command)?)
+            }
+            _ => None,
+        };
+        let pump = Pump::new(shared, listener, file, terminal);
+        std::thread::Builder::new().name("console".into()).stack_size(STACK).spawn(|| pump.run())?;
+        Ok(hub)
     }
 
     /// Where the guest's output goes. Writing never blocks and never fails; what nobody takes in time is
@@ -70,24 +144,58 @@ impl Hub {
     }
 
     /// Where input goes. `input` takes bytes and says how many it took; the rest is offered again a little
-    /// later, or at once after [`Hub::input_ready`]. Called on the hub's thread; must not block. Input
-    /// from before the call waits (bounded).
+    /// later, or at once after [`Hub::input_ready`] or when [`Hub::watch_room`]'s event comes. Called on
+    /// the hub's thread; must not block. Input from before the call waits (bounded).
     pub fn connect_input(&self, input: impl Fn(&[u8]) -> usize + Send + Sync + 'static) {
-        *self.shared.input.lock().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(input));
-        self.input_ready();
+        *lock(&self.shared.input) = Some(Box::new(input));
+        self.shared.wake();
     }
 
     /// The input's consumer can take more.
     pub fn input_ready(&self) {
-        // An eventfd that is full is readable already.
-        let _ = self.shared.wake.write(1);
+        self.shared.wake();
+    }
+
+    /// The input's consumer can take more whenever `room` is readable. The hub reads it to clear it.
+    pub fn watch_room(&self, room: EventFd) {
+        *lock(&self.shared.room) = Some(Event(Arc::new(room)));
+        self.shared.wake();
     }
 
     /// `resize` is told the terminal's columns and rows, at once where they are known and after each
-    /// change. Called on the hub's thread; must not block.
+    /// change. Called on whichever thread notices; must not block.
     pub fn connect_resize(&self, resize: impl Fn(u16, u16) + Send + Sync + 'static) {
-        *self.shared.resize.lock().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(resize));
-        self.input_ready();
+        if let Some((columns, rows)) = *lock(&self.shared.size) {
+            resize(columns, rows);
+        }
+        *lock(&self.shared.resize) = Some(Box::new(resize));
+    }
+
+    /// The window of somebody who looks at this console has `columns` and `rows` now.
+    pub fn resize(&self, columns: u16, rows: u16) {
+        *lock(&self.shared.size) = Some((columns, rows));
+        if let Some(resize) = &*lock(&self.shared.resize) {
+            resize(columns, rows);
+        }
+    }
+
+    /// The process's own terminal may have another size now.
+    pub fn window_changed(&self) {
+        if let Some((columns, rows)) = terminal::size() {
+            self.resize(columns, rows);
+        }
+    }
+
+    /// Gives readers a moment to take the last output, detaches them, puts the terminal back and removes
+    /// the socket. Output that is written afterwards goes nowhere. Returns within about two seconds
+    /// whatever the readers do.
+    pub fn finish(&self) {
+        self.shared.finish.store(true, Ordering::SeqCst);
+        self.shared.wake();
+        let (ended, changed) = &self.shared.finished;
+        let waited = changed.wait_timeout_while(lock(ended), 2 * LAST_WORDS, |ended| !*ended);
+        drop(waited);
+        terminal::restore();
     }
 }
 
@@ -98,16 +206,16 @@ struct Writer {
 
 impl Write for Writer {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if !self.shared.on {
+        if !self.shared.on || self.shared.finish.load(Ordering::Relaxed) {
             return Ok(bytes.len());
         }
-        let mut output = self.shared.output.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut output = self.shared.output();
         let room = PENDING_OUTPUT.saturating_sub(output.bytes.len()).min(bytes.len());
         output.bytes.extend(&bytes[..room]);
         output.dropped += (bytes.len() - room) as u64;
         if !std::mem::replace(&mut output.signalled, true) {
             drop(output);
-            let _ = self.shared.wake.write(1);
+            self.shared.wake();
         }
         Ok(bytes.len())
     }
@@ -116,3 +224,7 @@ impl Write for Writer {
         Ok(())
     }
 }
+
+#[cfg(test)]
+#[path = "hub_test.rs"]
+mod tests;

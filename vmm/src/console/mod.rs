@@ -1,8 +1,14 @@
 //! Consoles: a guest's serial (or virtio) console fans out to the terminal, to attached clients and to a
 //! bounded scrollback; what people type goes back to the guest. The guest never waits for a reader.
 
+mod escape;
+mod event;
 mod hub;
+mod pump;
+mod sink;
+pub mod terminal;
 
+pub use escape::{Command, Escape};
 pub use hub::{Hub, Options};
 
 /// A console could not be set up.
@@ -25,6 +31,6 @@ pub enum Error {
         source: std::io::Error,
     },
     /// A thread or descriptor cannot be had.
-    #[error("The console cannot be started")]
+    #[error("The console cannot be started: {0}")]
     Start(#[from] std::io::Error),
 }

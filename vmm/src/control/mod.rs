@@ -1,6 +1,8 @@
 //! What may be asked of a running guest from outside, and the socket that carries it. `docs/control.md`
 //! describes the protocol.
 
+pub(crate) mod socket;
+
 use std::collections::BTreeMap;
 
 use schemars::JsonSchema;

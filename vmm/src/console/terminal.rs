@@ -1,0 +1,157 @@
+//! The terminal in raw mode, and its way back whatever happens: end, panic, `exit`, fatal signals, stops.
+//! (Only SIGKILL leaves it raw: nothing can be done in the process that is killed. `reset` mends it.)
+
+// Signal handlers, `atexit` and the window size's ioctl have no safe form.
+#![allow(unsafe_code)]
+
+use std::io::{self, IsTerminal};
+use std::os::fd::{AsFd, AsRawFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Once, OnceLock};
+
+use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, raise, sigaction};
+use nix::sys::termios::{SetArg, Termios, cfmakeraw, tcgetattr, tcsetattr};
+use nix::unistd::{getpgrp, tcgetpgrp};
+
+/// Signals that end the process by its own fault.
+const FATAL: [Signal; 7] = [
+    Signal::SIGSEGV,
+    Signal::SIGBUS,
+    Signal::SIGILL,
+    Signal::SIGFPE,
+    Signal::SIGABRT,
+    Signal::SIGSYS,
+    Signal::SIGTRAP,
+];
+
+/// The terminal's settings from before, once they were changed.
+static COOKED: OnceLock<libc::termios> = OnceLock::new();
+/// Whether the terminal is raw now.
+static RAW: AtomicBool = AtomicBool::new(false);
+/// Whether it should be, when this process is in the foreground.
+static WANTED: AtomicBool = AtomicBool::new(false);
+/// What fatal signals did before, in the order of [`FATAL`].
+static BEFORE: OnceLock<[Option<SigAction>; FATAL.len()]> = OnceLock::new();
+
+/// Keeps the terminal raw until it is dropped. One at a time is enough; they do not nest.
+#[derive(Debug)]
+pub struct Raw(());
+
+impl Raw {
+    /// Makes standard input's terminal raw, so that every key goes to the guest. None when it is not a
+    /// terminal. When this process is in the background nothing is changed until [`continued`].
+    ///
+    /// # Errors
+    /// The terminal refuses.
+    pub fn enter() -> io::Result<Option<Self>> {
+        let stdin = io::stdin();
+        if !stdin.is_terminal() {
+            return Ok(None);
+        }
+        let settings = tcgetattr(stdin.as_fd())?;
+        COOKED.get_or_init(|| settings.into());
+        restore_whatever_happens();
+        WANTED.store(true, Ordering::SeqCst);
+        make_raw()?;
+        Ok(Some(Self(())))
+    }
+}
+
+impl Drop for Raw {
+    fn drop(&mut self) {
+        WANTED.store(false, Ordering::SeqCst);
+        restore();
+    }
+}
+
+/// Whether the terminal is raw now: a line then ends in carriage return and line feed.
+#[must_use]
+pub fn is_raw() -> bool {
+    RAW.load(Ordering::SeqCst)
+}
+
+/// Whether keys that are typed are this process's to read.
+#[must_use]
+pub fn in_foreground() -> bool {
+    tcgetpgrp(io::stdin()).is_ok_and(|group| group == getpgrp())
+}
+
+/// Puts the terminal back as it was. Can be called at any time, from any thread and from a signal handler.
+pub fn restore() {
+    if RAW.swap(false, Ordering::SeqCst)
+        && let Some(cooked) = COOKED.get()
+    {
+        // There is nowhere to tell a failure.
+        let _ = tcsetattr(io::stdin().as_fd(), SetArg::TCSANOW, &Termios::from(*cooked));
+    }
+}
+
+/// After the process was stopped and goes on, perhaps in the foreground now: raw again, if it was.
+pub fn continued() {
+    RAW.store(false, Ordering::SeqCst);
+    if WANTED.load(Ordering::SeqCst) {
+        // A terminal that is gone is noticed when it is read.
+        let _ = make_raw();
+    }
+}
+
+/// Columns and rows of the terminal at standard output.
+#[must_use]
+pub fn size() -> Option<(u16, u16)> {
+    let mut size = libc::winsize { ws_row: 0, ws_col: 0, ws_xpixel: 0, ws_ypixel: 0 };
+    // SAFETY: TIOCGWINSZ writes one winsize, and `size` is one that lives over the call.
+    let result = unsafe { libc::ioctl(io::stdout().as_raw_fd(), libc::TIOCGWINSZ, &raw mut size) };
+    (result == 0 && size.ws_col > 0 && size.ws_row > 0).then_some((size.ws_col, size.ws_row))
+}
+
+fn make_raw() -> io::Result<()> {
+    let Some(cooked) = COOKED.get() else { return Ok(()) };
+    if !in_foreground() {
+        return Ok(());
+    }
+    let mut raw = Termios::from(*cooked);
+    cfmakeraw(&mut raw);
+    RAW.store(true, Ordering::SeqCst);
+    tcsetattr(io::stdin().as_fd(), SetArg::TCSANOW, &raw)?;
+    Ok(())
+}
+
+fn restore_whatever_happens() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let before = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |panic| {
+            restore();
+            before(panic);
+        }));
+        // SAFETY: `at_exit` is a plain function that stays loaded; it only calls tcsetattr.
+        unsafe { libc::atexit(at_exit) };
+        let action = SigAction::new(
+            SigHandler::Handler(fatal),
+            SaFlags::SA_ONSTACK | SaFlags::SA_RESTART,
+            SigSet::empty(),
+        );
+        // SAFETY: `fatal` calls only what may be called in a signal handler: atomics, tcsetattr, sigaction
+        // and raise.
+        BEFORE.get_or_init(|| FATAL.map(|signal| unsafe { sigaction(signal, &action) }.ok()));
+    });
+}
+
+extern "C" fn at_exit() {
+    restore();
+}
+
+/// Restores the terminal, then lets happen what would have happened without it.
+extern "C" fn fatal(number: libc::c_int) {
+    restore();
+    for (at, signal) in FATAL.iter().enumerate() {
+        if *signal as libc::c_int == number {
+            let default = SigAction::new(SigHandler::SigDfl, SaFlags::empty(), SigSet::empty());
+            let before = BEFORE.get().and_then(|all| all[at]).unwrap_or(default);
+            // SAFETY: the action was the process's own before, or is the default.
+            let _ = unsafe { sigaction(*signal, &before) };
+            // Delivered when this handler returns; a fault happens again by itself, and either is enough.
+            let _ = raise(*signal);
+        }
+    }
+}
