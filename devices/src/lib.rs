@@ -12,6 +12,7 @@ pub mod lifecycle;
 pub mod pci;
 pub mod platform;
 pub mod thread;
+pub mod virtio;
 
 /// The guest's RAM as devices see it.
 pub type GuestMemory = vm_memory::GuestMemoryMmap<()>;

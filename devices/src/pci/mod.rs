@@ -10,7 +10,7 @@
 mod bars;
 mod config;
 mod function;
-mod msix;
+pub(crate) mod msix;
 mod root;
 
 pub use bars::{BarKind, BarSpec, Bars};

@@ -10,7 +10,7 @@ use crate::bus::{Action, BusDevice, Outcome, Range};
 use crate::lifecycle::{DeviceState, Error, Lifecycle};
 
 /// How many devices fit on the bus.
-pub const SLOTS: usize = 32;
+pub(super) const SLOTS: usize = 32;
 const BYTES_PER_FUNCTION: u64 = 4096;
 const FUNCTIONS: usize = 8;
 
