@@ -3,4 +3,5 @@
 pub mod config;
 pub mod console;
 pub mod control;
+pub mod seccomp;
 pub mod units;
