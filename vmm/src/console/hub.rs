@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use devices::thread::{Role, spawn};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::Error;
@@ -20,8 +21,6 @@ use crate::control::socket;
 
 /// Output that waits for the hub's thread; more is dropped, and a notice says so.
 const PENDING_OUTPUT: usize = 128 << 10;
-/// The hub's thread needs little.
-const STACK: usize = 128 << 10;
 /// How long [`Hub::finish`] waits for readers to take the last output.
 pub(super) const LAST_WORDS: Duration = Duration::from_secs(1);
 
@@ -132,7 +131,7 @@ impl Hub {
             _ => None,
         };
         let pump = Pump::new(shared, listener, file, terminal);
-        std::thread::Builder::new().name("console".into()).stack_size(STACK).spawn(|| pump.run())?;
+        spawn(Role::Console, "console", || pump.run())?;
         Ok(hub)
     }
 

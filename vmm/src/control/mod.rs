@@ -1,6 +1,9 @@
 //! What may be asked of a running guest from outside, and the socket that carries it. `docs/control.md`
 //! describes the protocol.
 
+pub mod client;
+pub mod protocol;
+mod server;
 pub(crate) mod socket;
 
 use std::collections::BTreeMap;
@@ -9,6 +12,9 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::units::Bytes;
+
+pub use client::Client;
+pub use server::{Resize, Server};
 
 /// A running machine, as whoever controls it sees it. Every call may come from any thread and several at
 /// once; one that waits (pause, save) must not hold up [`Controlled::status`], [`Controlled::counters`]
