@@ -44,6 +44,15 @@ pub fn set_hook(hook: impl Fn(Role) -> io::Result<()> + Send + Sync + 'static) -
     HOOK.set(Box::new(hook)).is_ok()
 }
 
+/// Calls the hook on this thread, for one that [`spawn`] did not start or that has to prepare itself before
+/// it is confined.
+///
+/// # Errors
+/// The hook fails.
+pub fn confine(role: Role) -> io::Result<()> {
+    HOOK.get().map_or(Ok(()), |hook| hook(role))
+}
+
 /// Starts a thread; returns when it is confined and about to run `body`. The kernel shows the first 15
 /// bytes of `name`.
 ///

@@ -20,7 +20,6 @@ mod worker;
 pub use device::{Activation, ActiveQueue, Returned, VirtioDevice};
 pub use interrupts::Interrupts;
 pub use queue::{Broken, Chain, QueueLayout, Segment, Virtqueue};
-pub use worker::on_thread_start;
 
 /// Feature bits that belong to the transport and the rings (section 6).
 pub mod features {

@@ -7,23 +7,17 @@
 
 use std::io;
 use std::os::fd::AsRawFd;
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use transport::ring::{Completion, Ring, Source};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use crate::thread::{Role, confine};
+
 use super::{Activation, ActiveQueue, Broken, Interrupts, Returned, Virtqueue};
-
-static ON_START: OnceLock<fn(&'static str)> = OnceLock::new();
-
-/// Calls `hook` on every device thread that starts from now on, with the device's kind, before it does
-/// anything: the place to confine the thread. Only the first call counts.
-pub fn on_thread_start(hook: fn(&'static str)) {
-    let _ = ON_START.set(hook);
-}
 
 /// The queues that a worker serves while the device is active.
 pub(crate) struct Queues {
@@ -98,6 +92,14 @@ pub(crate) trait Backend: Send + 'static {
     fn abort(&mut self, _ring: &mut Ring, _queues: &mut Queues) {}
 }
 
+fn role(kind: &str) -> Role {
+    match kind {
+        "virtio-blk" => Role::Disk,
+        "virtio-net" => Role::Net,
+        _ => Role::Device,
+    }
+}
+
 enum Order<B> {
     Activate(Box<Activation>),
     Deactivate(Duration, Returned),
@@ -120,11 +122,11 @@ impl<B: Backend> Worker<B> {
         let (attached, result) = channel();
         let wake = event.clone();
         let body = move || {
-            if let Some(hook) = ON_START.get() {
-                hook(kind);
-            }
             let made = Ring::new(entries).and_then(|mut ring| {
+                // A remote disk that must look up its agent's name starts a thread for that here, which
+                // is not confined: the system's resolver may load what it likes.
                 backend.attach(&mut ring)?;
+                confine(role(kind))?;
                 Ok(ring)
             });
             let ring = match made {
