@@ -3,5 +3,7 @@
 pub mod config;
 pub mod console;
 pub mod control;
+pub mod cpu;
+pub mod kvm;
 pub mod seccomp;
 pub mod units;

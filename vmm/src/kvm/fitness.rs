@@ -1,0 +1,2 @@
+pub enum Fitness {}
+pub fn fitness() {}

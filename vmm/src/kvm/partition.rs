@@ -1,0 +1,137 @@
+//! A VM: its memory, its in-kernel interrupt controllers and its clock.
+#![allow(unsafe_code)] // Handing guest memory to KVM.
+
+use std::io;
+use std::sync::Arc;
+
+use devices::GuestMemory;
+use kvm_bindings::{
+    CpuId, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Cap, Kvm, VmFd};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+
+use super::{Context, Doorbells, Error, Interrupts, PartitionState, Vcpu, cpuid, msr};
+
+/// Where KVM keeps three pages for VMX's real mode, below the local APICs and off all RAM (`KVM_SET_TSS_ADDR`).
+const TSS: usize = 0xfffb_d000;
+
+const NEEDED: [(Cap, &str); 10] = [
+    (Cap::UserMemory, "user memory"),
+    (Cap::Irqchip, "the in-kernel interrupt controllers"),
+    (Cap::Pit2, "the in-kernel timer"),
+    (Cap::Irqfd, "irqfd"),
+    (Cap::Ioeventfd, "ioeventfd"),
+    (Cap::IrqRouting, "interrupt routing"),
+    (Cap::SignalMsi, "message-signalled interrupts"),
+    (Cap::ImmediateExit, "immediate exit"),
+    (Cap::ExtCpuid, "CPUID filtering"),
+    (Cap::VcpuEvents, "vCPU events"),
+];
+
+/// A VM on KVM.
+pub struct Partition {
+    // Dropped after the VM: KVM reads guest memory until then.
+    vm: Arc<VmFd>,
+    memory: GuestMemory,
+    supported: CpuId,
+    msrs: Vec<u32>,
+    tsc_deadline: bool,
+    cpus: u8,
+}
+
+impl Partition {
+    /// Creates a VM with `memory` mapped at its addresses, in-kernel interrupt controllers, a PIT and room
+    /// for `cpus` vCPUs.
+    ///
+    /// # Errors
+    /// [`Error::Open`], [`Error::Missing`], or KVM refuses a step.
+    pub fn new(memory: GuestMemory, cpus: u8) -> Result<Self, Error> {
+        let kvm = open()?;
+        if let Some((_, name)) = NEEDED.iter().find(|(cap, _)| !kvm.check_extension(*cap)) {
+            return Err(Error::Missing(name));
+        }
+        let vm = kvm.create_vm().to("create a virtual machine")?;
+        for (slot, region) in memory.iter().enumerate() {
+            let host = region.get_host_address(vm_memory::MemoryRegionAddress(0)).map_err(|_| {
+                Error::Call { what: "map guest memory", source: io::ErrorKind::InvalidInput.into() }
+            })?;
+            let region = kvm_userspace_memory_region {
+                slot: slot as u32,
+                flags: 0,
+                guest_phys_addr: region.start_addr().0,
+                memory_size: region.len(),
+                userspace_addr: host as u64,
+            };
+            // SAFETY: the region is a mapping of exactly this size which `self.memory` keeps alive as long
+            // as the VM, and regions of one `GuestMemory` do not overlap.
+            unsafe { vm.set_user_memory_region(region) }.to("map guest memory")?;
+        }
+        vm.set_tss_address(TSS).to("set the task state segment's address")?;
+        vm.create_irq_chip().to("create the interrupt controllers")?;
+        let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+        vm.create_pit2(pit).to("create the interval timer")?;
+        let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).to("list its CPUID leaves")?;
+        let msrs = msr::saved(&kvm)?;
+        let tsc_deadline = kvm.check_extension(Cap::TscDeadlineTimer);
+        Ok(Self { vm: Arc::new(vm), memory, supported, msrs, tsc_deadline, cpus })
+    }
+
+    /// The guest's memory.
+    #[must_use]
+    pub fn memory(&self) -> &GuestMemory {
+        &self.memory
+    }
+
+    /// How many bits a guest-physical address has.
+    #[must_use]
+    pub fn address_bits(&self) -> u8 {
+        cpuid::address_bits(&self.supported)
+    }
+
+    /// Registers `KVM_IOEVENTFD`s.
+    #[must_use]
+    pub fn doorbells(&self) -> Doorbells {
+        Doorbells::new(Arc::clone(&self.vm))
+    }
+
+    /// The in-kernel interrupt controllers as devices see them.
+    ///
+    /// # Errors
+    /// KVM refuses the routing of the wired interrupts.
+    pub fn interrupts(&self) -> Result<Interrupts, Error> {
+        Interrupts::new(Arc::clone(&self.vm))
+    }
+
+    /// Creates vCPU `index`, in the state of power-on.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub fn vcpu(&self, index: u8) -> Result<Vcpu, Error> {
+        let fd = self.vm.create_vcpu(index.into()).to("create a vCPU")?;
+        let tsc_khz = fd.get_tsc_khz().ok();
+        let cpuid = cpuid::of_vcpu(&self.supported, index, self.cpus, tsc_khz, self.tsc_deadline)?;
+        fd.set_cpuid2(&cpuid).to("set a vCPU's CPUID leaves")?;
+        Ok(Vcpu::new(fd, index, self.msrs.clone()))
+    }
+
+    /// The state of the interrupt controllers, timer and clock. Only while no vCPU runs.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub fn save(&self) -> Result<PartitionState, Error> {
+        PartitionState::save(&self.vm)
+    }
+
+    /// Takes over a saved state. Only while no vCPU runs.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub fn restore(&self, state: &PartitionState) -> Result<(), Error> {
+        state.restore(&self.vm)
+    }
+}
+
+pub(super) fn open() -> Result<Kvm, Error> {
+    Kvm::new().map_err(|error| Error::Open { source: io::Error::from_raw_os_error(error.errno()) })
+}
