@@ -1,9 +1,12 @@
 //! Omega's virtual machine monitor: the machine, its memory, vCPUs, boot and configuration.
 
+pub mod acpi;
 pub mod config;
 pub mod console;
 pub mod control;
 pub mod cpu;
 pub mod kvm;
+pub mod loader;
+pub mod memory;
 pub mod seccomp;
 pub mod units;

@@ -8,5 +8,5 @@ mod gang;
 mod run;
 
 pub use exit::{Data, VmEntry, VmExit};
-pub use gang::{Gang, Stuck};
+pub use gang::{Gang, Kick, Stuck};
 pub use run::{Buses, Event, Processor, run};

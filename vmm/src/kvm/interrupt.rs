@@ -19,7 +19,7 @@ use super::Error;
 /// The I/O APIC's pins, which are the global system interrupts 0 to 23.
 const PINS: u32 = 24;
 /// The interrupt of ACPI events, which the MADT declares level-triggered.
-pub const SCI: u32 = 9;
+const SCI: u32 = devices::platform::ports::SCI_IRQ;
 /// KVM's limit (`KVM_MAX_IRQ_ROUTES`) is 4096 on every kernel that Omega runs on.
 const MAX_GSI: u32 = 4000;
 

@@ -2,6 +2,7 @@
 //!
 //! Everything above this folder is free of KVM's types and of `unsafe` ioctl handling.
 
+mod boot;
 mod cpuid;
 mod doorbell;
 pub mod fitness;

@@ -49,10 +49,8 @@ pub(super) fn write(fd: &VcpuFd, values: &[(u32, u64)]) -> Result<(), Error> {
     const WHAT: &str = "write the model-specific registers";
     let mut rest = values;
     while !rest.is_empty() {
-        let entries: Vec<_> = rest
-            .iter()
-            .map(|&(index, data)| kvm_msr_entry { index, data, ..Default::default() })
-            .collect();
+        let entries: Vec<_> =
+            rest.iter().map(|&(index, data)| kvm_msr_entry { index, data, ..Default::default() }).collect();
         let msrs = Msrs::from_entries(&entries)
             .map_err(|_| Error::State("there are too many model-specific registers".into()))?;
         let count = fd.set_msrs(&msrs).to(WHAT)?;

@@ -9,7 +9,7 @@ use kvm_bindings::{
     CpuId, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, Kvm, VmFd};
-use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
 use super::{Context, Doorbells, Error, Interrupts, PartitionState, Vcpu, cpuid, msr};
 
@@ -52,21 +52,7 @@ impl Partition {
             return Err(Error::Missing(name));
         }
         let vm = kvm.create_vm().to("create a virtual machine")?;
-        for (slot, region) in memory.iter().enumerate() {
-            let host = region.get_host_address(vm_memory::MemoryRegionAddress(0)).map_err(|_| {
-                Error::Call { what: "map guest memory", source: io::ErrorKind::InvalidInput.into() }
-            })?;
-            let region = kvm_userspace_memory_region {
-                slot: slot as u32,
-                flags: 0,
-                guest_phys_addr: region.start_addr().0,
-                memory_size: region.len(),
-                userspace_addr: host as u64,
-            };
-            // SAFETY: the region is a mapping of exactly this size which `self.memory` keeps alive as long
-            // as the VM, and regions of one `GuestMemory` do not overlap.
-            unsafe { vm.set_user_memory_region(region) }.to("map guest memory")?;
-        }
+        map(&vm, &memory)?;
         vm.set_tss_address(TSS).to("set the task state segment's address")?;
         vm.create_irq_chip().to("create the interrupt controllers")?;
         let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
@@ -134,4 +120,25 @@ impl Partition {
 
 pub(super) fn open() -> Result<Kvm, Error> {
     Kvm::new().map_err(|error| Error::Open { source: io::Error::from_raw_os_error(error.errno()) })
+}
+
+/// Maps guest memory; `memory` must live as long as the VM.
+pub(super) fn map(vm: &VmFd, memory: &GuestMemory) -> Result<(), Error> {
+    for (slot, region) in memory.iter().enumerate() {
+        let host = region.get_host_address(MemoryRegionAddress(0)).map_err(|_| Error::Call {
+            what: "map guest memory",
+            source: io::ErrorKind::InvalidInput.into(),
+        })?;
+        let region = kvm_userspace_memory_region {
+            slot: slot as u32,
+            flags: 0,
+            guest_phys_addr: region.start_addr().0,
+            memory_size: region.len(),
+            userspace_addr: host as u64,
+        };
+        // SAFETY: the region is a mapping of exactly this size, the caller keeps it as long as the VM, and
+        // regions of one `GuestMemory` do not overlap.
+        unsafe { vm.set_user_memory_region(region) }.to("map guest memory")?;
+    }
+    Ok(())
 }

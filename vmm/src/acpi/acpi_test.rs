@@ -1,0 +1,48 @@
+use vm_memory::{Bytes as _, GuestAddress};
+
+use super::*;
+use crate::memory::Ram;
+use crate::units::Bytes;
+
+fn table(memory: &GuestMemory, at: u64) -> Vec<u8> {
+    let len: u32 = memory.read_obj(GuestAddress(at + 4)).expect("RAM");
+    let mut bytes = vec![0; len as usize];
+    memory.read_slice(&mut bytes, GuestAddress(at)).expect("RAM");
+    bytes
+}
+
+fn sum(bytes: &[u8]) -> u8 {
+    bytes.iter().fold(0, |sum, byte| sum.wrapping_add(*byte))
+}
+
+#[test]
+fn every_table_is_found_from_the_rsdp_and_sums_to_zero() {
+    let layout = Layout::new(Bytes(4 << 30), 40).expect("it fits");
+    let ram = Ram::new(&layout).expect("RAM");
+    let node = |cpus: &[u8]| NumaNode { size: Bytes(2 << 30), cpus: cpus.to_vec() };
+    let numa = [node(&[0, 1]), node(&[2, 3])];
+    let rsdp = write(ram.memory(), &layout, 64, &numa).expect("the tables fit");
+    assert_eq!(rsdp.0, TABLES.base);
+    let mut bytes = [0; 36];
+    ram.memory().read_slice(&mut bytes, rsdp).expect("RAM");
+    assert_eq!(&bytes[..8], b"RSD PTR ");
+    assert_eq!((sum(&bytes[..20]), sum(&bytes)), (0, 0));
+    let xsdt = table(ram.memory(), u64::from_le_bytes(bytes[24..32].try_into().expect("8 bytes")));
+    assert_eq!(sum(&xsdt), 0);
+    let mut found = Vec::new();
+    for entry in xsdt[36..].chunks_exact(8) {
+        let table = table(ram.memory(), u64::from_le_bytes(entry.try_into().expect("8 bytes")));
+        found.push(String::from_utf8_lossy(&table[..4]).into_owned());
+        assert_eq!(sum(&table), 0, "{found:?}");
+        if table.starts_with(b"APIC") {
+            let local_apics = table[44..].chunks_exact(8).take_while(|entry| entry[..2] == [0, 8]).count();
+            assert_eq!(local_apics, 64);
+        }
+        if table.starts_with(b"FACP") {
+            let dsdt = u32::from_le_bytes(table[40..44].try_into().expect("4 bytes"));
+            let dsdt = self::table(ram.memory(), dsdt.into());
+            assert!(dsdt.starts_with(b"DSDT") && sum(&dsdt) == 0);
+        }
+    }
+    assert_eq!(found, ["FACP", "APIC", "MCFG", "SRAT"]);
+}

@@ -1,0 +1,7 @@
+//! The guest's physical address space: where RAM, devices and tables lie, and the RAM itself.
+
+mod layout;
+mod ram;
+
+pub use layout::{ECAM, IO_APIC, LOCAL_APIC, LOW_RAM_END, Layout, RAM_END_32, Region, TABLES, WINDOW_32};
+pub use ram::{Error, Ram};

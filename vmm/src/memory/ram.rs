@@ -1,0 +1,105 @@
+//! Guest RAM: one memfd, mapped for the guest.
+//!
+//! RAM is a file so that it can be mapped a second time: a guest whose pages live elsewhere runs on a
+//! mapping that userfaultfd watches, and our own threads use another that never faults.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+
+use devices::GuestMemory;
+use nix::fcntl::{FallocateFlags, fallocate};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use vm_memory::{FileOffset, GuestAddress, GuestRegionMmap, MmapRegion};
+
+use super::Layout;
+
+/// Guest RAM could not be had.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// No memory file.
+    #[error("{0} bytes of guest RAM cannot be had: {1}")]
+    Allocate(u64, io::Error),
+    /// It cannot be mapped.
+    #[error("Guest RAM cannot be mapped: {0}")]
+    Map(String),
+    /// It cannot be cleared.
+    #[error("Guest RAM cannot be cleared: {0}")]
+    Clear(io::Error),
+}
+
+/// A guest's RAM.
+pub struct Ram {
+    file: File,
+    memory: GuestMemory,
+    len: u64,
+}
+
+impl Ram {
+    /// RAM at the addresses of `layout`, all zeros. Pages are taken from the host when they are touched.
+    ///
+    /// # Errors
+    /// The host lacks memory or address space.
+    pub fn new(layout: &Layout) -> Result<Self, Error> {
+        let len = layout.ram().map(|range| range.len).sum();
+        let fd: OwnedFd = memfd_create(c"guest-ram", MFdFlags::MFD_CLOEXEC)
+            .map_err(|errno| Error::Allocate(len, errno.into()))?;
+        let file = File::from(fd);
+        file.set_len(len).map_err(|error| Error::Allocate(len, error))?;
+        let mut offset = 0;
+        let mut regions = Vec::new();
+        for range in layout.ram() {
+            let part = file.try_clone().map_err(|error| Error::Allocate(len, error))?;
+            let mapping = usize::try_from(range.len)
+                .map_err(|error| Error::Map(error.to_string()))
+                .and_then(|size| {
+                    let part = FileOffset::new(part, offset);
+                    MmapRegion::from_file(part, size).map_err(|error| Error::Map(error.to_string()))
+                })?;
+            let region = GuestRegionMmap::new(mapping, GuestAddress(range.base))
+                .ok_or_else(|| Error::Map("it wraps around the address space".into()))?;
+            regions.push(region);
+            offset += range.len;
+        }
+        let memory = GuestMemory::from_regions(regions).map_err(|error| Error::Map(error.to_string()))?;
+        Ok(Self { file, memory, len })
+    }
+
+    /// The mapping that the guest and its devices use.
+    #[must_use]
+    pub fn memory(&self) -> &GuestMemory {
+        &self.memory
+    }
+
+    /// Makes all of it zeros and gives its pages back to the host, as at power-on.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn clear(&self) -> Result<(), Error> {
+        let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        let len = self.len as libc::off_t;
+        fallocate(&self.file, flags, 0, len).map_err(|errno| Error::Clear(errno.into()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::Bytes as _;
+
+    use super::*;
+    use crate::units::Bytes;
+
+    #[test]
+    fn ram_holds_what_is_written_until_it_is_cleared() {
+        let layout = Layout::new(Bytes(4 << 30), 40).expect("it fits");
+        let ram = Ram::new(&layout).expect("untouched RAM costs nothing");
+        let top = GuestAddress((5 << 30) - 8);
+        for at in [GuestAddress(0x1000), top] {
+            ram.memory().write_obj(0x1234_u64, at).expect("RAM");
+        }
+        assert!(ram.memory().write_obj(1_u64, GuestAddress(3 << 30)).is_err(), "the hole is no RAM");
+        assert_eq!(ram.memory().read_obj::<u64>(top).expect("RAM"), 0x1234);
+        ram.clear().expect("it is cleared");
+        assert_eq!(ram.memory().read_obj::<u64>(top).expect("RAM"), 0);
+    }
+}
