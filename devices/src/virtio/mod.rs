@@ -10,6 +10,7 @@
 //! A vCPU thread only ever touches registers, under a short lock; everything that can take time happens
 //! on the device's worker.
 
+pub mod blk;
 mod device;
 mod interrupts;
 mod memory;

@@ -75,6 +75,51 @@ impl Chain {
     }
 }
 
+impl Chain {
+    /// Copies the first bytes of the readable part into `to` and takes them off; `false` if there are
+    /// not as many, or they are not RAM.
+    pub fn take_readable(&mut self, memory: &GuestMemory, to: &mut [u8]) -> bool {
+        let mut done = 0;
+        while done < to.len() {
+            let Some(first) = self.readable.first_mut() else { return false };
+            let take = (first.len as usize).min(to.len() - done);
+            if memory.read_slice(&mut to[done..done + take], first.address).is_err() {
+                return false;
+            }
+            done += take;
+            first.address = first.address.unchecked_add(take as u64);
+            first.len -= take as u32;
+            if first.len == 0 {
+                self.readable.remove(0);
+            }
+        }
+        true
+    }
+
+    /// Takes the last byte off the writable part and returns where it is, if that is RAM.
+    pub fn take_last_writable(&mut self, memory: &GuestMemory) -> Option<GuestAddress> {
+        let last = self.writable.last_mut()?;
+        let address = last.address.checked_add(u64::from(last.len - 1))?;
+        last.len -= 1;
+        if last.len == 0 {
+            self.writable.pop();
+        }
+        memory.check_range(address, 1, Permissions::Write).then_some(address)
+    }
+
+    /// Copies `from` to the beginning of the writable part; returns how many bytes fitted, or `None` if
+    /// it is not RAM.
+    pub fn write(&self, memory: &GuestMemory, from: &[u8]) -> Option<u32> {
+        let mut done = 0;
+        for segment in &self.writable {
+            let take = (segment.len as usize).min(from.len() - done);
+            memory.write_slice(&from[done..done + take], segment.address).ok()?;
+            done += take;
+        }
+        Some(done as u32)
+    }
+}
+
 /// Where a queue is and how far it got: its registers and its state as a value.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct QueueLayout {
@@ -208,7 +253,7 @@ impl Virtqueue {
             let descriptor: Descriptor = self.memory.read_obj(at).map_err(|_| Broken::Chain)?;
             if descriptor.refers_to_indirect_table() {
                 let len = descriptor.len();
-                if indirect || descriptor.has_next() || len % DESCRIPTOR as u32 != 0 {
+                if indirect || descriptor.has_next() || !len.is_multiple_of(DESCRIPTOR as u32) {
                     return Err(Broken::Chain);
                 }
                 (table, entries, index) = (descriptor.addr(), len / DESCRIPTOR as u32, 0);

@@ -9,15 +9,14 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::thread;
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use transport::ring::{Completion, Ring, Source};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use crate::thread::{Role, confine};
-
 use super::{Activation, ActiveQueue, Broken, Interrupts, Returned, Virtqueue};
+use crate::thread::{Role, confine};
 
 /// The queues that a worker serves while the device is active.
 pub(crate) struct Queues {
@@ -92,18 +91,12 @@ pub(crate) trait Backend: Send + 'static {
     fn abort(&mut self, _ring: &mut Ring, _queues: &mut Queues) {}
 }
 
-fn role(kind: &str) -> Role {
-    match kind {
-        "virtio-blk" => Role::Disk,
-        "virtio-net" => Role::Net,
-        _ => Role::Device,
-    }
-}
+type Call<B> = Box<dyn FnOnce(&mut B, Option<&mut Queues>) + Send>;
 
 enum Order<B> {
     Activate(Box<Activation>),
     Deactivate(Duration, Returned),
-    Call(Box<dyn FnOnce(&mut B, Option<&mut Queues>) + Send>),
+    Call(Call<B>),
     Quit,
 }
 
@@ -111,12 +104,13 @@ enum Order<B> {
 pub(crate) struct Worker<B> {
     orders: Sender<Order<B>>,
     event: Arc<EventFd>,
-    thread: Option<thread::JoinHandle<()>>,
+    thread: Option<JoinHandle<()>>,
 }
 
 impl<B: Backend> Worker<B> {
-    /// Starts the thread `kind` and waits until the back end is attached to its ring.
-    pub(crate) fn start(kind: &'static str, entries: u32, mut backend: B) -> io::Result<Self> {
+    /// Starts a thread for the device `kind` and waits until the back end is attached to its ring, which
+    /// takes `entries` operations at once.
+    pub(crate) fn start(role: Role, kind: &'static str, entries: u32, mut backend: B) -> io::Result<Self> {
         let event = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
         let (orders, received) = channel();
         let (attached, result) = channel();
@@ -126,7 +120,7 @@ impl<B: Backend> Worker<B> {
                 // A remote disk that must look up its agent's name starts a thread for that here, which
                 // is not confined: the system's resolver may load what it likes.
                 backend.attach(&mut ring)?;
-                confine(role(kind))?;
+                confine(role)?;
                 Ok(ring)
             });
             let ring = match made {

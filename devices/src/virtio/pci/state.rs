@@ -190,14 +190,13 @@ impl Shared {
         }
         let interrupts = self.interrupts.clone();
         let activation = Activation { features: device.driver_features, queues, interrupts };
-        let result = Self::start_device(device, &self.interrupts);
-        match result.and_then(|()| device.device.activate(activation)) {
+        match device.device.activate(activation) {
             Ok(()) => device.phase = Phase::Active,
             Err(error) => self.interrupts.fail(device.device.kind(), &error),
         }
     }
 
-    /// Starts the device's threads, the first time.
+    /// Starts the device's threads, the first time. Not for vCPU threads, which may not start any.
     pub(super) fn start_device(device: &mut Device, interrupts: &Arc<Interrupts>) -> std::io::Result<()> {
         if !device.started {
             device.device.start(interrupts)?;
