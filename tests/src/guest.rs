@@ -1,0 +1,3 @@
+//! Skeleton.
+/// A guest.
+pub struct Guest;
