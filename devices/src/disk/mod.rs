@@ -2,6 +2,7 @@
 //! that wrap disks.
 
 pub mod file;
+pub mod remote;
 pub mod volume;
 
 use std::io;

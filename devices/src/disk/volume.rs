@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use transport::wire::Status;
+use transport::wire::{Body, Status};
 
 use super::{Error, Geometry};
 
@@ -209,21 +209,21 @@ impl<'a> Reader<'a> {
     }
 }
 
-fn put_text(out: &mut Vec<u8>, text: &str, most: usize) {
+fn put_text(out: &mut Body, text: &str, most: usize) {
     let clean: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
     let mut end = clean.len().min(most);
     while !clean.is_char_boundary(end) {
         end -= 1;
     }
     out.extend((end as u16).to_le_bytes());
-    out.extend(&clean.as_bytes()[..end]);
+    out.extend_from_slice(&clean.as_bytes()[..end]);
 }
 
 impl Acquire {
     /// As bytes. Names that are too long are cut.
     #[must_use]
-    pub fn encode(&self) -> Vec<u8> {
-        let mut out = Vec::with_capacity(28 + self.volume.len() + self.name.len());
+    pub fn encode(&self) -> Body {
+        let mut out = Body::new();
         out.extend(self.holder.to_le_bytes());
         out.extend(self.expected.to_le_bytes());
         put_text(&mut out, &self.volume, MAX_NAME);
@@ -246,9 +246,12 @@ impl Acquire {
 impl Acquired {
     /// As bytes.
     #[must_use]
-    pub fn encode(&self) -> Vec<u8> {
+    pub fn encode(&self) -> Body {
         let ttl = u32::try_from(self.ttl.as_millis()).unwrap_or(u32::MAX);
-        [&self.epoch.to_le_bytes()[..], &ttl.to_le_bytes()].concat()
+        let mut out = Body::new();
+        out.extend(self.epoch.to_le_bytes());
+        out.extend(ttl.to_le_bytes());
+        out
     }
 
     /// From bytes.
@@ -265,8 +268,11 @@ impl Acquired {
 impl Lease {
     /// As bytes.
     #[must_use]
-    pub fn encode(&self) -> Vec<u8> {
-        [&self.epoch.to_le_bytes()[..], &self.holder.to_le_bytes()].concat()
+    pub fn encode(&self) -> Body {
+        let mut out = Body::new();
+        out.extend(self.epoch.to_le_bytes());
+        out.extend(self.holder.to_le_bytes());
+        out
     }
 
     /// From bytes.
@@ -283,7 +289,7 @@ impl Lease {
 impl Open {
     /// As bytes.
     #[must_use]
-    pub fn encode(&self) -> Vec<u8> {
+    pub fn encode(&self) -> Body {
         Lease { epoch: self.epoch, holder: self.holder }.encode()
     }
 
@@ -303,11 +309,11 @@ const WRITE_ZEROES: u32 = 4;
 impl Opened {
     /// As bytes.
     #[must_use]
-    pub fn encode(&self) -> Vec<u8> {
+    pub fn encode(&self) -> Body {
         let g = &self.geometry;
         let flags = [(g.read_only, READ_ONLY), (g.discard, DISCARD), (g.write_zeroes, WRITE_ZEROES)];
         let flags: u32 = flags.iter().filter(|(set, _)| *set).map(|(_, flag)| flag).sum();
-        let mut out = Vec::with_capacity(32);
+        let mut out = Body::new();
         out.extend(g.size.to_le_bytes());
         out.extend(g.block_size.to_le_bytes());
         out.extend(flags.to_le_bytes());
@@ -340,8 +346,8 @@ impl Opened {
 impl Access {
     /// As bytes: 32 of them.
     #[must_use]
-    pub fn encode(&self) -> Vec<u8> {
-        let mut out = Vec::with_capacity(32);
+    pub fn encode(&self) -> Body {
+        let mut out = Body::new();
         out.extend(self.epoch.to_le_bytes());
         out.extend(self.offset.to_le_bytes());
         out.extend(self.len.to_le_bytes());
@@ -372,9 +378,9 @@ impl Refusal {
 
     /// As bytes. A text that is too long is cut.
     #[must_use]
-    pub fn encode(&self) -> Vec<u8> {
+    pub fn encode(&self) -> Body {
         let wait = u32::try_from(self.wait.as_millis()).unwrap_or(u32::MAX);
-        let mut out = Vec::with_capacity(10 + self.text.len());
+        let mut out = Body::new();
         out.extend(self.errno.to_le_bytes());
         out.extend(wait.to_le_bytes());
         put_text(&mut out, &self.text, MAX_TEXT);
@@ -439,7 +445,7 @@ pub fn fuzz(data: &[u8]) {
         Refusal::decode(data).ok().map(|v| v.encode()),
     ];
     for bytes in again.into_iter().flatten() {
-        assert_eq!(bytes, data, "a body has one encoding");
+        assert_eq!(&bytes[..], data, "a body has one encoding");
     }
 }
 

@@ -9,7 +9,7 @@ fn geometry() -> Geometry {
 }
 
 /// One valid encoding of each body.
-fn samples() -> Vec<(&'static str, Vec<u8>)> {
+fn samples() -> Vec<(&'static str, Body)> {
     let acquire = Acquire { volume: "debian".into(), holder: 7 << 90, expected: 3, name: "guest@pc".into() };
     vec![
         ("acquire", acquire.encode()),
@@ -46,7 +46,7 @@ fn a_hundred_thousand_mutations_of_valid_bodies_do_no_harm() {
     };
     let samples = samples();
     for _ in 0..100_000 {
-        let mut bytes = samples[next() as usize % samples.len()].1.clone();
+        let mut bytes = samples[next() as usize % samples.len()].1.to_vec();
         for _ in 0..next() % 4 + 1 {
             let at = next() as usize % bytes.len();
             match next() % 4 {
