@@ -1,7 +1,10 @@
 //! A few control calls from a thread that has nothing else to do, such as a command-line tool.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use crate::buffer::Buffer;
+use crate::channel::{Answer, Call, Channel, Config, Event};
+use crate::ring::Ring;
 use crate::wire::{Body, Class, Status};
 
 /// The answer to a [`Client::call`].
@@ -35,7 +38,13 @@ pub enum Error {
 
 /// A connection for calls that are made one after the other.
 pub struct Client {
-    _private: (),
+    address: String,
+    ring: Ring,
+    channel: Channel,
+    /// What last happened to the connection.
+    reason: String,
+    calls: u64,
+    peer: Option<String>,
 }
 
 impl Client {
@@ -44,8 +53,24 @@ impl Client {
     ///
     /// # Errors
     /// The kernel refuses io_uring.
-    pub fn new(_address: &str, _name: &str) -> Result<Self, Error> {
-        Ok(Self { _private: () })
+    pub fn new(address: &str, name: &str) -> Result<Self, Error> {
+        let mut ring = Ring::new(8)?;
+        let config = Config {
+            address: address.to_owned(),
+            name: name.to_owned(),
+            dead_after: Duration::from_secs(5),
+            retry_first: Duration::from_millis(50),
+            retry_most: Duration::from_secs(1),
+        };
+        let channel = Channel::new(config, &mut ring);
+        let reason = "no connection yet".to_owned();
+        Ok(Self { address: address.to_owned(), ring, channel, reason, calls: 0, peer: None })
+    }
+
+    /// The name by which the peer called itself when the connection was made.
+    #[must_use]
+    pub fn peer(&self) -> Option<&str> {
+        self.peer.as_deref()
     }
 
     /// Asks `opcode` with `body` and `payload`, and waits for the answer, with at most `answer_len` bytes
@@ -55,13 +80,65 @@ impl Client {
     /// No answer in time.
     pub fn call(
         &mut self,
-        _class: Class,
-        _opcode: u16,
-        _body: &[u8],
-        _payload: Vec<u8>,
-        _answer_len: usize,
-        _timeout: Duration,
+        class: Class,
+        opcode: u16,
+        body: &[u8],
+        payload: Vec<u8>,
+        answer_len: usize,
+        timeout: Duration,
     ) -> Result<Reply, Error> {
-        Err(Error::Ring(std::io::ErrorKind::Unsupported.into()))
+        self.calls += 1;
+        self.channel.submit(Call {
+            tag: self.calls,
+            opcode,
+            class,
+            body: Body::from_slice(body),
+            payload: Buffer::from_vec(payload),
+            answer: Buffer::zeroed(answer_len),
+            once: false,
+            deadline: Some(Instant::now() + timeout),
+            setup: false,
+        });
+        let answer = self.wait(self.calls)?;
+        if answer.status == Status::DEADLINE {
+            let (address, reason) = (self.address.clone(), self.reason.clone());
+            return Err(Error::Timeout { address, timeout, reason });
+        }
+        let mut payload = vec![0; answer.received];
+        answer.answer.read_at(0, &mut payload);
+        Ok(Reply { status: answer.status, body: answer.body, payload })
+    }
+
+    fn wait(&mut self, tag: u64) -> Result<Answer, Error> {
+        let mut events = Vec::new();
+        loop {
+            let now = Instant::now();
+            let due = self.channel.tick(&mut self.ring, now, &mut events);
+            if events.is_empty() {
+                self.ring.wait(due.map(|due| due.saturating_duration_since(now)))?;
+            }
+            while let Some(completion) = self.ring.reap() {
+                self.channel.complete(&mut self.ring, completion, &mut events);
+            }
+            for event in events.drain(..) {
+                match event {
+                    Event::Opened { peer, .. } => {
+                        self.reason = "the peer is slow".to_owned();
+                        self.peer = Some(peer);
+                        self.channel.ready();
+                    }
+                    Event::Resumed => self.reason = "the peer is slow".to_owned(),
+                    Event::Lost { reason } => self.reason = reason,
+                    Event::Answer(answer) if answer.tag == tag => return Ok(answer),
+                    Event::Answer(_) => {}
+                }
+            }
+        }
+    }
+}
+
+impl Drop for Client {
+    fn drop(&mut self) {
+        self.channel.close(&mut self.ring);
     }
 }

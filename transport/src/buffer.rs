@@ -30,10 +30,28 @@ impl Buffer {
         Self::default()
     }
 
-    /// A zeroed buffer of `len` bytes on the heap.
+    /// A zeroed buffer of `len` bytes on the heap, aligned to a page from a page's length on, as `O_DIRECT`
+    /// wants it.
     #[must_use]
     pub fn zeroed(len: usize) -> Self {
-        Self::from_vec(vec![0; len])
+        if len < PAGE {
+            return Self::from_vec(vec![0; len]);
+        }
+        let pages = vec![Page([0; PAGE]); len.div_ceil(PAGE)].into_boxed_slice();
+        let bytes = HeapPages(Box::into_raw(pages));
+        let iovec = libc::iovec { iov_base: bytes.0.cast(), iov_len: len };
+        let iovecs = SmallVec::from_slice(&[iovec]);
+        Self { iovecs, len, owner: Some(Arc::new(bytes)), registered: None }
+    }
+
+    /// The same memory, with `guard` dropped when the last buffer that shares it goes.
+    pub(crate) fn guarded<T: Any + Send + Sync>(self, guard: T) -> Self {
+        Self { owner: Some(Arc::new((guard, self.owner))), ..self }
+    }
+
+    /// The same memory, known as registered under `index`.
+    pub(crate) fn registered_as(self, index: Option<u16>) -> Self {
+        Self { registered: index, ..self }
     }
 
     /// Takes over the bytes of `bytes`.
@@ -157,6 +175,29 @@ impl Buffer {
 impl std::fmt::Debug for Buffer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "Buffer({} bytes in {} segments)", self.len, self.iovecs.len())
+    }
+}
+
+/// Smallest unit of aligned memory.
+const PAGE: usize = 4096;
+
+/// Aligned zeros.
+#[derive(Clone)]
+#[repr(C, align(4096))]
+struct Page([u8; PAGE]);
+
+/// Heap pages known only by raw pointer.
+struct HeapPages(*mut [Page]);
+
+// SAFETY: as for `HeapBytes`.
+unsafe impl Send for HeapPages {}
+// SAFETY: as for `HeapBytes`.
+unsafe impl Sync for HeapPages {}
+
+impl Drop for HeapPages {
+    fn drop(&mut self) {
+        // SAFETY: it came from `Box::into_raw` in `zeroed` and is freed once, here.
+        drop(unsafe { Box::from_raw(self.0) });
     }
 }
 

@@ -1,10 +1,19 @@
 //! The asking side: one logical connection to a peer that outlives its sockets.
 
+use std::collections::VecDeque;
+use std::net::{SocketAddr, TcpStream};
+use std::os::fd::{AsFd, AsRawFd};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::buffer::Buffer;
-use crate::ring::{Completion, Ring};
-use crate::wire::{Body, Class, Status};
+use crate::core::asker::{Asker, Identity};
+use crate::link::Link;
+use crate::link::connect::{self, Resolver};
+use crate::link::tcp::TcpLink;
+use crate::ring::{Completion, Ring, Source};
+use crate::sessions::random;
+use crate::wire::{Body, Class, Fault, Status};
 
 /// Where to connect and how patient to be.
 #[derive(Clone, Debug)]
@@ -95,45 +104,299 @@ pub enum Event {
 ///
 /// The kernel never holds a pointer to a call's buffers between two calls of these functions.
 pub struct Channel {
-    _private: (),
+    config: Config,
+    core: Asker,
+    source: Source,
+    /// Counts connections, to tell their completions apart.
+    generation: u64,
+    resolver: Option<Resolver>,
+    bell_polled: bool,
+    state: State,
+    /// The next pause between two attempts to connect.
+    pause: Duration,
+    /// Something came since the last tick.
+    heard: bool,
+    /// What ended the connection since the last tick.
+    fault: Option<Fault>,
 }
+
+/// How far the connection is.
+enum State {
+    /// The next attempt is made at this time.
+    Idle(Instant),
+    /// The name is looked up.
+    Resolving,
+    /// The kernel connects, until this time; then it is the next address's turn.
+    Connecting { socket: TcpStream, done: bool, until: Instant, rest: VecDeque<SocketAddr> },
+    /// It is there.
+    Linked(Box<dyn Link>),
+    /// The channel was closed.
+    Closed,
+}
+
+/// The token of the resolver's bell.
+const BELL: u64 = (1 << 48) - 1;
+
+/// The longest time for one attempt to connect.
+const CONNECT_WITHIN: Duration = Duration::from_secs(5);
 
 impl Channel {
     /// A channel that starts to connect at the first [`tick`](Self::tick).
     #[must_use]
-    pub fn new(_config: Config, _ring: &mut Ring) -> Self {
-        Self { _private: () }
+    pub fn new(config: Config, ring: &mut Ring) -> Self {
+        let now = Instant::now();
+        let dead_after = config.dead_after.max(Duration::from_millis(30));
+        let core = Asker::new(Identity::of_this_process(&config.name), random(), dead_after, now);
+        let pause = config.retry_first;
+        Self {
+            config,
+            core,
+            source: ring.source(),
+            generation: 0,
+            resolver: None,
+            bell_polled: false,
+            state: State::Idle(now),
+            pause,
+            heard: false,
+            fault: None,
+        }
     }
 
     /// Takes `call`; it goes out at the next [`tick`](Self::tick) when credits, class and connection
     /// allow. Never blocks. A call that breaks a limit of [`Call`] is answered with
     /// [`Status::MALFORMED`] at the next tick.
-    pub fn submit(&mut self, _call: Call) {}
+    pub fn submit(&mut self, call: Call) {
+        self.core.submit(call);
+    }
 
     /// Looks at a completion of the ring. `false`: it is not this channel's.
-    pub fn complete(&mut self, _ring: &mut Ring, _completion: Completion, _events: &mut Vec<Event>) -> bool {
-        false
+    pub fn complete(&mut self, _ring: &mut Ring, completion: Completion, events: &mut Vec<Event>) -> bool {
+        if completion.token.source() != self.source {
+            return false;
+        }
+        let token = completion.token.payload();
+        match &mut self.state {
+            _ if token == BELL => self.bell_polled = false,
+            State::Connecting { done, .. } if token == self.generation << 1 | 1 => *done = true,
+            State::Linked(link) => {
+                if link.completed(token) && self.fault.is_none() {
+                    match link.receive(&mut self.core) {
+                        Ok(heard) => self.heard |= heard,
+                        Err(fault) => self.fault = Some(fault),
+                    }
+                    self.core.take_events(events);
+                }
+            }
+            _ => {}
+        }
+        true
     }
 
     /// Ends the set-up of a new session: requests in flight are sent again in the order in which they were
     /// submitted, then new ones follow.
-    pub fn ready(&mut self) {}
+    pub fn ready(&mut self) {
+        self.core.ready();
+    }
 
     /// Sends what is ready, does what is due (connecting, pings, deadlines) and returns when it wants to
     /// be called next at the latest. Call it before every wait of the ring.
-    pub fn tick(&mut self, _ring: &mut Ring, _now: Instant, _events: &mut Vec<Event>) -> Option<Instant> {
+    pub fn tick(&mut self, ring: &mut Ring, now: Instant, events: &mut Vec<Event>) -> Option<Instant> {
+        if std::mem::take(&mut self.heard) {
+            self.core.heard(now);
+        }
+        let due = self.clock(now);
+        if let State::Linked(link) = &mut self.state
+            && self.fault.is_none()
+        {
+            self.fault = link.send(&mut self.core).err();
+        }
+        self.core.take_events(events);
+        if let Some(fault) = self.fault.take() {
+            self.lost(ring, now, &fault, events);
+        }
+        let step = self.connect(ring, now, events);
+        if let State::Linked(link) = &mut self.state {
+            link.arm(ring);
+        }
+        if self.fault.is_some() {
+            return Some(now);
+        }
+        [due, step].into_iter().flatten().min()
+    }
+
+    /// Deadlines and silence.
+    fn clock(&mut self, now: Instant) -> Option<Instant> {
+        let link = &mut self.state;
+        let expired = |id, receiving| {
+            if let State::Linked(link) = &mut *link {
+                link.let_go(id, receiving);
+            }
+        };
+        let fault = match self.core.tick(now, expired) {
+            Ok(due) => return due,
+            Err(fault) => fault,
+        };
+        // Perhaps it was this thread that did not listen.
+        if let State::Linked(link) = &mut self.state {
+            match link.receive(&mut self.core) {
+                Ok(true) => {
+                    self.core.heard(now);
+                    return Some(now);
+                }
+                Ok(false) => self.fault = self.fault.take().or(Some(fault)),
+                Err(worse) => self.fault = self.fault.take().or(Some(worse)),
+            }
+        }
         None
+    }
+
+    /// Takes the connection one step further, and returns when the next one is due.
+    fn connect(&mut self, ring: &mut Ring, now: Instant, events: &mut Vec<Event>) -> Option<Instant> {
+        loop {
+            match &mut self.state {
+                State::Closed => return None,
+                State::Idle(at) if *at > now => return Some(*at),
+                State::Idle(_) => self.attempt(ring, now, events),
+                State::Resolving => {
+                    let found = self.resolver.as_ref().and_then(Resolver::answer);
+                    match found {
+                        None => {
+                            self.poll_bell(ring);
+                            return None;
+                        }
+                        Some(Ok(found)) if !found.is_empty() => self.dial(ring, now, found, events),
+                        Some(Ok(_)) => self.fail(ring, now, "the name has no address", events),
+                        Some(Err(e)) => self.fail(ring, now, &e.to_string(), events),
+                    }
+                }
+                State::Connecting { done: false, until, .. } if *until > now => return Some(*until),
+                State::Connecting { .. } => self.connected(ring, now, events),
+                State::Linked(link) => {
+                    if self.core.is_open() && link.greeted() {
+                        self.pause = self.config.retry_first;
+                    }
+                    return None;
+                }
+            }
+        }
+    }
+
+    fn poll_bell(&mut self, ring: &mut Ring) {
+        if let Some(bell) = self.resolver.as_ref().and_then(Resolver::bell)
+            && !self.bell_polled
+        {
+            ring.poll_readable(bell.as_fd().as_raw_fd(), false, self.source.token(BELL));
+            self.bell_polled = true;
+        }
+    }
+
+    fn attempt(&mut self, ring: &mut Ring, now: Instant, events: &mut Vec<Event>) {
+        if self.resolver.is_none() {
+            match Resolver::new(&self.config.address) {
+                Ok(resolver) => self.resolver = Some(resolver),
+                Err(e) => return self.fail(ring, now, &e.to_string(), events),
+            }
+        }
+        match self.resolver.as_ref().and_then(Resolver::ask) {
+            Some(addresses) => self.dial(ring, now, addresses, events),
+            None => self.state = State::Resolving,
+        }
+    }
+
+    /// Starts to connect to the first of `addresses`.
+    fn dial(
+        &mut self,
+        ring: &mut Ring,
+        now: Instant,
+        mut rest: VecDeque<SocketAddr>,
+        events: &mut Vec<Event>,
+    ) {
+        let mut reason = String::new();
+        while let Some(address) = rest.pop_front() {
+            match connect::start(address) {
+                Ok(socket) => {
+                    self.generation += 1;
+                    ring.poll_writable(socket.as_raw_fd(), self.source.token(self.generation << 1 | 1));
+                    let until = now + CONNECT_WITHIN;
+                    self.state = State::Connecting { socket, done: false, until, rest };
+                    return;
+                }
+                Err(e) => reason = e.to_string(),
+            }
+        }
+        self.fail(ring, now, &reason, events);
+    }
+
+    /// The kernel is done connecting, or took too long.
+    fn connected(&mut self, ring: &mut Ring, now: Instant, events: &mut Vec<Event>) {
+        let idle = State::Idle(now);
+        let State::Connecting { socket, done, rest, .. } = std::mem::replace(&mut self.state, idle) else {
+            return;
+        };
+        let result = if done {
+            connect::finish(&socket)
+        } else {
+            ring.cancel(self.source.token(self.generation << 1 | 1));
+            Err(std::io::ErrorKind::TimedOut.into())
+        };
+        let link = result.and_then(|()| TcpLink::new(Arc::new(socket), self.source, self.generation));
+        match link {
+            Ok(mut link) => {
+                self.core.connected(now);
+                self.fault = link.send(&mut self.core).err();
+                self.state = State::Linked(Box::new(link));
+            }
+            Err(_) if !rest.is_empty() => self.dial(ring, now, rest, events),
+            Err(e) => self.fail(ring, now, &e.to_string(), events),
+        }
+    }
+
+    /// An attempt failed.
+    fn fail(&mut self, ring: &mut Ring, now: Instant, reason: &str, events: &mut Vec<Event>) {
+        self.lost(ring, now, &Fault::Unreachable(self.config.address.clone(), reason.to_owned()), events);
+    }
+
+    /// The connection is gone; the next attempt follows after a pause.
+    fn lost(&mut self, ring: &mut Ring, now: Instant, fault: &Fault, events: &mut Vec<Event>) {
+        // Between half the pause and the whole, so that many peers do not come back at the same moment.
+        let jitter = u32::from(random() as u16);
+        let pause = self.pause / 2 + self.pause / 2 * jitter / u32::from(u16::MAX);
+        self.pause = (self.pause * 2).min(self.config.retry_most);
+        if let State::Linked(mut link) = std::mem::replace(&mut self.state, State::Idle(now + pause)) {
+            link.close(ring);
+        }
+        let said = self.core.farewell().map(Fault::Goodbye);
+        self.core.disconnected();
+        events.push(Event::Lost { reason: said.as_ref().unwrap_or(fault).to_string() });
     }
 
     /// How many calls have no answer yet.
     #[must_use]
     pub fn in_flight(&self) -> usize {
-        0
+        self.core.in_flight()
     }
 
     /// Takes back every call that has no answer yet, in the order of submission, and closes the
     /// connection. The peer forgets the session. Never blocks.
-    pub fn close(&mut self, _ring: &mut Ring) -> Vec<Call> {
-        Vec::new()
+    pub fn close(&mut self, ring: &mut Ring) -> Vec<Call> {
+        let open = self.core.is_open();
+        let calls = self.core.close();
+        match std::mem::replace(&mut self.state, State::Closed) {
+            State::Linked(mut link) => {
+                if open {
+                    // As far as the network takes it now; the peer sees the end in any case.
+                    let _ = link.send(&mut self.core);
+                }
+                link.close(ring);
+            }
+            State::Connecting { done: false, .. } => {
+                ring.cancel(self.source.token(self.generation << 1 | 1));
+            }
+            _ => {}
+        }
+        if self.bell_polled {
+            ring.cancel(self.source.token(BELL));
+        }
+        calls
     }
 }

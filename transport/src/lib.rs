@@ -11,6 +11,10 @@
 pub mod blocking;
 pub mod buffer;
 pub mod channel;
+mod core;
+mod link;
+mod pool;
 pub mod ring;
 pub mod server;
+mod sessions;
 pub mod wire;

@@ -12,6 +12,8 @@ use std::time::Duration;
 
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 
+use crate::buffer::Buffer;
+
 /// Names one user of a [`Ring`]; completions carry it back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Source(u16);
@@ -76,7 +78,12 @@ pub struct Ring {
     backlog: VecDeque<squeue::Entry>,
     put_back: VecDeque<Completion>,
     sources: u16,
+    /// Registered buffers by index; empty until the first is registered.
+    registered: Vec<Option<Buffer>>,
 }
+
+/// Entries of the table of registered buffers.
+const REGISTERED: u32 = 256;
 
 /// Source 0: the ring's own operations, whose completions nobody waits for.
 const OWN: Source = Source(0);
@@ -100,7 +107,8 @@ impl Ring {
             Err(e) if e.raw_os_error() == Some(libc::EINVAL) => IoUring::new(entries)?,
             Err(e) => return Err(e),
         };
-        Ok(Self { uring, backlog: VecDeque::new(), put_back: VecDeque::new(), sources: OWN.0 })
+        let (backlog, put_back) = (VecDeque::new(), VecDeque::new());
+        Ok(Self { uring, backlog, put_back, sources: OWN.0, registered: Vec::new() })
     }
 
     /// A new source.
@@ -130,6 +138,42 @@ impl Ring {
         let entry = opcode::PollAdd::new(types::Fd(fd), libc::POLLIN as u32).multi(multishot).build();
         // SAFETY: the operation names no memory; a closed descriptor only makes it fail.
         unsafe { self.push(entry, token) };
+    }
+
+    /// Polls `fd` once for room to write.
+    pub fn poll_writable(&mut self, fd: RawFd, token: Token) {
+        let entry = opcode::PollAdd::new(types::Fd(fd), libc::POLLOUT as u32).build();
+        // SAFETY: the operation names no memory; a closed descriptor only makes it fail.
+        unsafe { self.push(entry, token) };
+    }
+
+    /// Registers the memory of `buffer` (one segment) for `READ_FIXED` and `WRITE_FIXED`, keeps it alive
+    /// and returns its index; `None` if the kernel refuses (locked-memory limit) or the table is full.
+    pub fn register(&mut self, buffer: Buffer) -> Option<u16> {
+        let [iovec] = buffer.iovecs() else { return None };
+        if self.registered.is_empty() {
+            self.uring.submitter().register_buffers_sparse(REGISTERED).ok()?;
+            self.registered.resize_with(REGISTERED as usize, || None);
+        }
+        let index = self.registered.iter().position(Option::is_none)?;
+        // SAFETY: the memory stays mapped: the table keeps the buffer.
+        unsafe { self.uring.submitter().register_buffers_update(index as u32, &[*iovec], None) }.ok()?;
+        self.registered[index] = Some(buffer);
+        u16::try_from(index).ok()
+    }
+
+    /// Gives the index up, and the buffer that was registered under it.
+    pub fn unregister(&mut self, index: u16) {
+        let Some(slot) = self.registered.get_mut(usize::from(index)) else { return };
+        if slot.is_none() {
+            return;
+        }
+        let none = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
+        // SAFETY: an empty range names no memory.
+        if unsafe { self.uring.submitter().register_buffers_update(u32::from(index), &[none], None) }.is_ok()
+        {
+            *slot = None;
+        }
     }
 
     /// Asks the kernel to cancel everything submitted under `token`. The operation still completes, as a

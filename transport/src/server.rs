@@ -1,17 +1,22 @@
 //! The answering side: accepts connections, each driven by a ring of its own.
 
+use std::net::{Shutdown, TcpStream};
+use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
+
+use nix::sys::eventfd::EventFd;
 
 use crate::buffer::Buffer;
-use crate::ring::{Completion, Ring};
-use crate::wire::{Body, Class, Status};
+use crate::core::answerer::Answerer;
+use crate::link::Link;
+use crate::link::connect::eventfd;
+use crate::link::tcp::TcpLink;
+use crate::ring::{Completion, Ring, Source};
+use crate::sessions::Claimant;
+use crate::wire::{Body, Class, Fault, Status};
 
-/// What all connections of one serving process share: its identity, limits, and the sessions that a
-/// reconnecting peer may resume.
-pub struct Sessions {
-    _private: (),
-}
+pub use crate::sessions::Sessions;
 
 /// Bounds per connection; a peer that breaks one is cut off with the reason.
 #[derive(Clone, Copy, Debug)]
@@ -75,61 +80,187 @@ pub enum Event {
     },
 }
 
-/// One accepted connection.
+/// One accepted connection, driven by the ring of one thread: hand it the ring's
+/// [completions](Self::complete), and [`tick`](Self::tick) it before every wait.
 pub struct Connection {
-    _private: (),
+    core: Answerer,
+    link: Option<Box<dyn Link>>,
+    source: Source,
+    /// Rung by the thread of an earlier connection of the same session when that is finished.
+    bell: Option<Arc<EventFd>>,
+    bell_polled: bool,
+    heard: bool,
+    fault: Option<Fault>,
+    /// When a connection that was stopped is closed if the peer does not do it.
+    closes_at: Option<Instant>,
 }
 
-impl Sessions {
-    /// A process that serves peers under `name`.
-    #[must_use]
-    pub fn new(_name: &str, _limits: Limits) -> Arc<Self> {
-        Arc::new(Self { _private: () })
-    }
-}
+/// The token of the bell.
+const BELL: u64 = (1 << 48) - 1;
+
+/// How long a peer may refuse to read.
+const STUCK: Duration = Duration::from_secs(60);
+
+/// How long a peer may take to close after all its answers are out.
+const FAREWELL: Duration = Duration::from_secs(2);
 
 impl Connection {
     /// Takes over an accepted socket.
     #[must_use]
-    pub fn new(_socket: std::net::TcpStream, _sessions: Arc<Sessions>, _ring: &mut Ring) -> Self {
-        Self { _private: () }
+    pub fn new(socket: TcpStream, sessions: Arc<Sessions>, ring: &mut Ring) -> Self {
+        let source = ring.source();
+        let socket = Arc::new(socket);
+        let (cut, bell) = (socket.clone(), eventfd().map(Arc::new));
+        let rings = bell.as_ref().ok().cloned();
+        let claimant = Claimant {
+            number: sessions.number(),
+            cut: Arc::new(move || {
+                // It fails only on a socket that is closed already.
+                let _ = cut.shutdown(Shutdown::Both);
+            }),
+            wake: Arc::new(move || {
+                // It fails only if the bell has been rung for ever, and then it is heard anyway.
+                let _ = rings.as_ref().map(|bell| bell.write(1));
+            }),
+        };
+        let core = Answerer::new(sessions, claimant, Instant::now());
+        let mut fault = None;
+        let link = TcpLink::new(socket, source, 0);
+        let link = link.map_err(|e| fault = Some(e.into())).ok().map(|link| Box::new(link) as Box<dyn Link>);
+        let bell = bell.map_err(|e| fault = Some(e.into())).ok();
+        Self { core, link, source, bell, bell_polled: false, heard: false, fault, closes_at: None }
     }
 
     /// Looks at a completion of the ring. `false`: it is not this connection's.
-    pub fn complete(&mut self, _ring: &mut Ring, _completion: Completion, _events: &mut Vec<Event>) -> bool {
-        false
+    pub fn complete(&mut self, _ring: &mut Ring, completion: Completion, events: &mut Vec<Event>) -> bool {
+        if completion.token.source() != self.source {
+            return false;
+        }
+        if completion.token.payload() == BELL {
+            self.bell_polled = false;
+            let _ = self.bell.as_ref().map(|bell| bell.read());
+            self.fault = self.fault.take().or(self.core.claim().err());
+        } else if let Some(link) = &mut self.link
+            && link.completed(completion.token.payload())
+            && self.fault.is_none()
+        {
+            match link.receive(&mut self.core) {
+                Ok(heard) => self.heard |= heard,
+                Err(fault) => self.fault = Some(fault),
+            }
+        }
+        self.core.take_events(events);
+        true
     }
 
     /// Sends what is ready, does what is due (time-outs) and returns when it wants to be called next at
     /// the latest. Call it before every wait of the ring.
-    pub fn tick(&mut self, _ring: &mut Ring, _now: Instant, _events: &mut Vec<Event>) -> Option<Instant> {
+    pub fn tick(&mut self, ring: &mut Ring, now: Instant, events: &mut Vec<Event>) -> Option<Instant> {
+        if std::mem::take(&mut self.heard) {
+            self.core.heard(now);
+        }
+        let due = self.clock(now);
+        let mut stuck = None;
+        if let Some(link) = &mut self.link {
+            self.fault = self.fault.take().or(link.send(&mut self.core).err());
+            stuck = link.blocked_since().map(|since| since + STUCK);
+            if stuck.is_some_and(|at| at <= now) {
+                self.fault = self.fault.take().or(Some(Fault::Stuck(STUCK.as_secs())));
+            }
+            if self.core.is_drained() && link.is_flushed() && self.closes_at.is_none() {
+                link.finish();
+                self.closes_at = Some(now + FAREWELL);
+            }
+        }
+        if self.closes_at.is_some_and(|at| at <= now) {
+            self.fault = self.fault.take().or(Some(Fault::Closed));
+        }
+        if let Some(fault) = self.fault.take() {
+            self.end(ring, &fault);
+        }
+        self.core.pool.register(ring);
+        self.arm(ring);
+        self.core.take_events(events);
+        if self.link.is_none() {
+            return None;
+        }
+        [due, stuck, self.closes_at].into_iter().flatten().min()
+    }
+
+    fn clock(&mut self, now: Instant) -> Option<Instant> {
+        let fault = match self.core.tick(now) {
+            Ok(due) => return due,
+            Err(fault) => fault,
+        };
+        // Perhaps it was this thread that did not listen.
+        match self.link.as_mut().map(|link| link.receive(&mut self.core)) {
+            Some(Ok(true)) => {
+                self.core.heard(now);
+                return Some(now);
+            }
+            Some(Err(worse)) => self.fault = self.fault.take().or(Some(worse)),
+            _ => self.fault = self.fault.take().or(Some(fault)),
+        }
         None
+    }
+
+    fn arm(&mut self, ring: &mut Ring) {
+        let Some(link) = &mut self.link else { return };
+        link.arm(ring);
+        if let Some(bell) = &self.bell
+            && self.core.is_waiting()
+            && !self.bell_polled
+        {
+            ring.poll_readable(bell.as_fd().as_raw_fd(), false, self.source.token(BELL));
+            self.bell_polled = true;
+        }
+    }
+
+    /// Ends the connection, with a word to the peer where it helps.
+    fn end(&mut self, ring: &mut Ring, fault: &Fault) {
+        let Some(mut link) = self.link.take() else { return self.core.closed(fault) };
+        self.core.say_goodbye(fault);
+        // As far as the network takes it now; the peer sees the end in any case.
+        let _ = link.send(&mut self.core);
+        link.close(ring);
+        if self.bell_polled {
+            ring.cancel(self.source.token(BELL));
+        }
+        self.core.pool.unregister(ring);
+        self.core.closed(fault);
     }
 
     /// A page-aligned buffer of `len` bytes from the connection's pool, for an answer's payload; see
     /// [`Buffer::registered`]. Its content is what some earlier request of this connection left there.
     pub fn buffer(&mut self, len: usize) -> Buffer {
-        Buffer::zeroed(len)
+        self.core.pool.take(len)
     }
 
     /// Answers the request `id`; it goes out at the next [`tick`](Self::tick). After [`Event::Closed`] the
     /// answer is kept for the session only.
-    pub fn answer(&mut self, _id: u64, _status: Status, _body: &[u8], _payload: Buffer) {}
+    pub fn answer(&mut self, id: u64, status: Status, body: &[u8], payload: Buffer) {
+        self.core.answer(id, status, body, payload);
+    }
 
     /// Requests that were given out as events and have no answer yet.
     #[must_use]
     pub fn in_flight(&self) -> usize {
-        0
+        self.core.in_flight()
     }
 
     /// Whether everything is over: closed, and nothing in flight. Drop the connection then.
     #[must_use]
     pub fn is_finished(&self) -> bool {
-        false
+        self.core.is_finished()
     }
 
     /// Says goodbye: no new requests are taken (they are not answered either: the peer sends them again to
     /// whoever serves next), the ones in flight still get their answers, then [`Event::Closed`] comes. For
     /// a server that stops.
-    pub fn stop(&mut self, _reason: &str) {}
+    pub fn stop(&mut self, reason: &str) {
+        if self.core.is_greeting() {
+            self.fault = self.fault.take().or(Some(Fault::Closed));
+        }
+        self.core.stop(reason);
+    }
 }

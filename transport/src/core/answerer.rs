@@ -1,0 +1,424 @@
+//! The answering side of a connection. Its states are drawn in `docs/wire.md`.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::buffer::Buffer;
+use crate::core::asker::{frame, versions_only};
+use crate::core::stream::{Head, Outgoing, Peer, Place};
+use crate::pool::Pool;
+use crate::server::{Event, Request};
+use crate::sessions::{Claim, Claimant, Records, Sessions};
+use crate::wire::{Body, Class, Fault, Flags, Header, Hello, Kind, MAX_BODY, Role, Status, printable};
+
+/// How long a peer may take for its hello.
+const HELLO_WITHIN: Duration = Duration::from_secs(10);
+
+/// The shortest silence after which a peer counts as gone.
+const SILENCE_LEAST: Duration = Duration::from_secs(10);
+
+/// Where the connection stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    /// The peer's hello is not here.
+    Greeting,
+    /// The session is still being finished by an earlier connection.
+    Waiting,
+    /// Requests come in.
+    Open,
+    /// The ones in flight are finished, no new ones are taken.
+    Stopping,
+    /// The socket is gone.
+    Closed,
+}
+
+/// A request that was given out and has no answer yet.
+struct InFlight {
+    class: Class,
+    once: bool,
+    cost: u64,
+    answer_len: usize,
+}
+
+/// A request that is coming in.
+struct Incoming {
+    request: Request,
+    once: bool,
+}
+
+/// See the [module](self).
+pub(crate) struct Answerer {
+    sessions: Arc<Sessions>,
+    claimant: Claimant,
+    phase: Phase,
+    hello: Option<Hello>,
+    /// Whether the session is ours to hand back.
+    holds: bool,
+    in_flight: HashMap<u64, InFlight>,
+    once_in_flight: usize,
+    records: Records,
+    forget: bool,
+    /// Requests and bytes whose replies are not on the network yet.
+    used: (u32, u64),
+    incoming: Option<Incoming>,
+    greeting: VecDeque<Outgoing>,
+    pong_due: Option<u64>,
+    goodbye_due: Option<String>,
+    replies: [VecDeque<Outgoing>; 4],
+    heard: Instant,
+    ticked: Instant,
+    silence: Duration,
+    farewell: Option<String>,
+    events: Vec<Event>,
+    pub(crate) pool: Pool,
+}
+
+impl Answerer {
+    pub(crate) fn new(sessions: Arc<Sessions>, claimant: Claimant, now: Instant) -> Self {
+        let pool = Pool::new(sessions.limits.bytes);
+        Self {
+            sessions,
+            claimant,
+            phase: Phase::Greeting,
+            hello: None,
+            holds: false,
+            in_flight: HashMap::new(),
+            once_in_flight: 0,
+            records: Records::default(),
+            forget: false,
+            used: (0, 0),
+            incoming: None,
+            greeting: VecDeque::new(),
+            pong_due: None,
+            goodbye_due: None,
+            replies: Default::default(),
+            heard: now,
+            ticked: now,
+            silence: SILENCE_LEAST,
+            farewell: None,
+            events: Vec::new(),
+            pool,
+        }
+    }
+
+    /// Asks for the peer's session, if that waits.
+    ///
+    /// # Errors
+    /// The session is not to be had.
+    pub(crate) fn claim(&mut self) -> Result<(), Fault> {
+        let Some(hello) = self.hello.as_ref().filter(|_| self.phase == Phase::Waiting) else { return Ok(()) };
+        let limits = self.sessions.limits;
+        let mut ours = Hello {
+            role: Role::Answering,
+            resumed: false,
+            requests: limits.requests,
+            bytes: limits.bytes,
+            window: self.sessions.window(),
+            keepalive_ms: 0,
+            serial: 0,
+            session: hello.session,
+            instance: self.sessions.identity.instance,
+            boot: self.sessions.identity.boot,
+            name: self.sessions.identity.name.clone(),
+        };
+        let refusal = match self.sessions.claim(hello.session, hello.serial, &self.claimant) {
+            Claim::Wait => return Ok(()),
+            Claim::Granted { serial, resumed, records } => {
+                (ours.serial, ours.resumed) = (serial, resumed);
+                self.records = records;
+                self.holds = true;
+                self.phase = Phase::Open;
+                self.events.push(Event::Opened { peer: hello.name.clone(), session: hello.session, resumed });
+                None
+            }
+            Claim::Superseded => Some(Fault::Superseded),
+            Claim::Full => Some(Fault::Full),
+        };
+        if refusal.is_some() {
+            ours.requests = 0;
+        }
+        let head = Head::from_vec(ours.encode());
+        self.greeting.push_back(Outgoing { head, payload: Buffer::empty(), id: 0, cost: 0 });
+        refusal.map_or(Ok(()), Err)
+    }
+
+    /// Answers a request.
+    pub(crate) fn answer(&mut self, id: u64, status: Status, body: &[u8], payload: Buffer) {
+        let Some(request) = self.in_flight.remove(&id) else {
+            debug_assert!(false, "request {id} is answered once");
+            return;
+        };
+        let fits = body.len() <= MAX_BODY && payload.len() <= request.answer_len;
+        debug_assert!(fits, "the answer to request {id} fits");
+        let body = &body[..body.len().min(MAX_BODY)];
+        if request.once {
+            self.once_in_flight -= 1;
+            if id >= self.records.acked {
+                self.records.finished.insert(id, (status, Body::from_slice(body)));
+            }
+        }
+        if matches!(self.phase, Phase::Open | Phase::Stopping) {
+            let len = payload.len().min(request.answer_len);
+            let payload = payload.slice(0, len).unwrap_or_default();
+            self.reply(id, request.class, status, body, payload, request.cost);
+        } else {
+            self.release_when_done();
+        }
+    }
+
+    fn reply(&mut self, id: u64, class: Class, status: Status, body: &[u8], payload: Buffer, cost: u64) {
+        let header = Header { class, code: status.0, id, ..Header::new(Kind::Reply) };
+        self.replies[class as usize].push_back(frame(&header, body, payload, cost));
+    }
+
+    /// The socket is gone.
+    pub(crate) fn closed(&mut self, reason: &Fault) {
+        if self.phase == Phase::Closed {
+            return;
+        }
+        if self.phase == Phase::Waiting
+            && let Some(hello) = &self.hello
+        {
+            self.sessions.release(hello.session, self.claimant.number, None);
+        }
+        self.phase = Phase::Closed;
+        self.incoming = None;
+        self.replies.iter_mut().for_each(VecDeque::clear);
+        let reason = self.farewell.take().unwrap_or_else(|| reason.to_string());
+        self.events.push(Event::Closed { reason });
+        self.release_when_done();
+    }
+
+    fn release_when_done(&mut self) {
+        if self.phase == Phase::Closed && self.in_flight.is_empty() {
+            self.release(!self.forget);
+        }
+    }
+
+    fn release(&mut self, keep: bool) {
+        if !std::mem::take(&mut self.holds) {
+            return;
+        }
+        let records = std::mem::take(&mut self.records);
+        if let Some(hello) = &self.hello {
+            self.sessions.release(hello.session, self.claimant.number, keep.then_some(records));
+        }
+    }
+
+    /// Requests without an answer.
+    pub(crate) fn in_flight(&self) -> usize {
+        self.in_flight.len()
+    }
+
+    /// Whether the socket is gone and everything is answered.
+    pub(crate) fn is_finished(&self) -> bool {
+        self.phase == Phase::Closed && self.in_flight.is_empty()
+    }
+
+    /// Takes no new requests.
+    pub(crate) fn stop(&mut self, reason: &str) {
+        if self.phase == Phase::Open {
+            self.phase = Phase::Stopping;
+            self.goodbye_due = Some(reason.to_owned());
+        }
+    }
+
+    /// Tells the peer why the connection ends.
+    pub(crate) fn say_goodbye(&mut self, reason: &Fault) {
+        if matches!(reason, Fault::Protocol(_) | Fault::OverCredit | Fault::Superseded | Fault::Full) {
+            self.goodbye_due = Some(reason.to_string());
+        }
+    }
+
+    /// Whether [`stop`](Self::stop) was called and every answer is out.
+    pub(crate) fn is_drained(&self) -> bool {
+        self.phase == Phase::Stopping && self.in_flight.is_empty() && !self.wants_to_send()
+    }
+
+    /// Whether there is no hello yet, so that nothing can be stopped in order.
+    pub(crate) fn is_greeting(&self) -> bool {
+        matches!(self.phase, Phase::Greeting | Phase::Waiting)
+    }
+
+    /// Whether an earlier connection still has the session.
+    pub(crate) fn is_waiting(&self) -> bool {
+        self.phase == Phase::Waiting
+    }
+
+    /// Whether frames may be waiting to be sent.
+    pub(crate) fn wants_to_send(&self) -> bool {
+        !self.greeting.is_empty()
+            || self.pong_due.is_some()
+            || self.goodbye_due.is_some()
+            || self.replies.iter().any(|queue| !queue.is_empty())
+    }
+
+    /// Something came from the peer.
+    pub(crate) fn heard(&mut self, now: Instant) {
+        self.heard = now;
+    }
+
+    /// Moves the events that happened to `events`.
+    pub(crate) fn take_events(&mut self, events: &mut Vec<Event>) {
+        events.append(&mut self.events);
+    }
+
+    /// Does what is due by the clock, and returns when that is next.
+    ///
+    /// # Errors
+    /// The peer was silent for too long.
+    pub(crate) fn tick(&mut self, now: Instant) -> Result<Option<Instant>, Fault> {
+        let (patience, fault) = match self.phase {
+            Phase::Closed => return Ok(None),
+            // The peer waits in silence, as it should; its own patience ends the socket.
+            Phase::Waiting => return Ok(None),
+            Phase::Greeting => (HELLO_WITHIN, Fault::HelloTimeout),
+            Phase::Open | Phase::Stopping => (self.silence, Fault::Silent(self.silence.as_millis() as u64)),
+        };
+        if now.saturating_duration_since(self.ticked) > patience {
+            // This thread itself stood still.
+            self.heard = now;
+        }
+        self.ticked = now;
+        let due = self.heard + patience;
+        if due <= now { Err(fault) } else { Ok(Some(due)) }
+    }
+
+    fn request(&mut self, header: &Header, body: &[u8]) -> Result<Place, Fault> {
+        self.records.confirm(header.acked);
+        if self.phase == Phase::Stopping {
+            return Ok(Place::Discard);
+        }
+        let once = header.flags & Flags::ONCE != 0;
+        let cost = u64::from(header.payload_len) + u64::from(header.answer_len);
+        let limits = self.sessions.limits;
+        let (requests, bytes) = self.used;
+        if requests >= limits.requests || bytes.saturating_add(cost) > limits.bytes {
+            return Err(Fault::OverCredit);
+        }
+        if self.in_flight.contains_key(&header.id) {
+            return Err(Fault::Protocol("a request with the id of one in flight"));
+        }
+        if once {
+            if header.id < self.records.acked {
+                return Err(Fault::Protocol("a request that was confirmed already"));
+            }
+            if let Some((status, body)) = self.records.finished.get(&header.id).cloned() {
+                // It was carried out over an earlier connection.
+                self.used = (requests + 1, bytes + cost);
+                self.reply(header.id, header.class, status, &body, Buffer::empty(), cost);
+                return Ok(Place::Discard);
+            }
+            let remembered = self.records.finished.len() + self.once_in_flight;
+            if remembered >= self.sessions.window() as usize + limits.requests as usize {
+                return Err(Fault::OverCredit);
+            }
+        }
+        let payload = self.pool.take(header.payload_len as usize);
+        let place = match payload.slice(0, payload.len()) {
+            Some(part) if !part.is_empty() => Place::Buffer(part),
+            _ => Place::Discard,
+        };
+        self.used = (requests + 1, bytes + cost);
+        let request = Request {
+            id: header.id,
+            opcode: header.code,
+            class: header.class,
+            body: Body::from_slice(body),
+            payload,
+            answer_len: header.answer_len as usize,
+        };
+        self.incoming = Some(Incoming { request, once });
+        Ok(place)
+    }
+}
+
+impl Peer for Answerer {
+    fn hello(&mut self, hello: &[u8]) -> Result<(), Fault> {
+        let hello = Hello::decode(hello)?;
+        if hello.role != Role::Asking {
+            return Err(Fault::Protocol("the peer answers instead of asking"));
+        }
+        self.silence = (Duration::from_millis(hello.keepalive_ms.into()) * 4)
+            .clamp(SILENCE_LEAST, Duration::from_secs(600));
+        self.hello = Some(hello);
+        self.phase = Phase::Waiting;
+        self.claim()
+    }
+
+    fn other_version(&mut self) {
+        self.greeting.push_back(versions_only());
+    }
+
+    fn begin(&mut self, header: &Header, body: &[u8]) -> Result<Place, Fault> {
+        if !matches!(self.phase, Phase::Open | Phase::Stopping) {
+            return Err(Fault::Protocol("a frame before the hello was answered"));
+        }
+        match header.kind {
+            Kind::Request => return self.request(header, body),
+            Kind::Cancel => {
+                self.records.confirm(header.acked);
+                if self.in_flight.contains_key(&header.id) {
+                    self.events.push(Event::Cancel { id: header.id });
+                }
+            }
+            Kind::Ping => {
+                self.records.confirm(header.acked);
+                self.pong_due = Some(header.id);
+            }
+            Kind::Pong => {}
+            Kind::Goodbye => {
+                self.forget = header.flags & Flags::FORGET != 0;
+                self.farewell = Some(printable(body));
+            }
+            Kind::Reply => return Err(Fault::Protocol("a reply from the asking side")),
+        }
+        Ok(Place::Discard)
+    }
+
+    fn end(&mut self) {
+        let Some(Incoming { request, once }) = self.incoming.take() else { return };
+        let cost = (request.payload.len() + request.answer_len) as u64;
+        let entry = InFlight { class: request.class, once, cost, answer_len: request.answer_len };
+        self.once_in_flight += usize::from(once);
+        self.in_flight.insert(request.id, entry);
+        self.events.push(Event::Request(request));
+    }
+
+    fn next(&mut self) -> Option<Outgoing> {
+        if let Some(hello) = self.greeting.pop_front() {
+            return Some(hello);
+        }
+        if let Some(id) = self.pong_due.take() {
+            let header = Header { id, ..Header::new(Kind::Pong) };
+            return Some(Outgoing { id: 0, ..frame(&header, &[], Buffer::empty(), 0) });
+        }
+        if let Some(reason) = self.goodbye_due.take() {
+            let reason = reason.as_bytes();
+            let header = Header::new(Kind::Goodbye);
+            return Some(frame(&header, &reason[..reason.len().min(256)], Buffer::empty(), 0));
+        }
+        self.replies.iter_mut().find_map(VecDeque::pop_front)
+    }
+
+    fn sent(&mut self, frame: &Outgoing) {
+        if frame.id != 0 {
+            self.used.0 = self.used.0.saturating_sub(1);
+            self.used.1 = self.used.1.saturating_sub(frame.cost);
+        }
+    }
+}
+
+impl Drop for Answerer {
+    fn drop(&mut self) {
+        if self.phase == Phase::Waiting
+            && let Some(hello) = &self.hello
+        {
+            self.sessions.release(hello.session, self.claimant.number, None);
+        }
+        // What is in flight will never be answered: nobody knows whether it took effect, so the session
+        // cannot promise "once" any more and is over.
+        self.release(self.once_in_flight == 0 && !self.forget);
+    }
+}

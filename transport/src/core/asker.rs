@@ -1,0 +1,521 @@
+//! The asking side of a session. Its states are drawn in `docs/wire.md`.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+use crate::buffer::Buffer;
+use crate::channel::{Answer, Call, Event};
+use crate::core::stream::{Head, Outgoing, Peer, Place};
+use crate::core::table::{Pending, Table};
+use crate::wire::{
+    Body, Class, Fault, Flags, Header, Hello, Kind, MAX_BODY, MAX_PAYLOAD, Preface, Role, Status, printable,
+};
+
+/// Who a side is.
+#[derive(Clone, Debug)]
+pub(crate) struct Identity {
+    pub(crate) name: String,
+    pub(crate) instance: u128,
+    pub(crate) boot: u128,
+}
+
+/// Where the session stands with the connection that lasts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    /// There is none.
+    Down,
+    /// Our hello is out, the peer's is not here.
+    Greeting,
+    /// A new session: only `setup` calls go out.
+    Setup,
+    /// Everything goes out.
+    Up,
+    /// The peer is stopping: nothing new goes out, answers still come.
+    Draining,
+}
+
+/// What the peer granted.
+#[derive(Clone, Copy, Debug, Default)]
+struct Grant {
+    requests: u32,
+    bytes: u64,
+    window: u32,
+}
+
+/// Credit in use.
+#[derive(Clone, Copy, Debug, Default)]
+struct Used {
+    requests: u32,
+    bytes: u64,
+}
+
+/// A reply that is coming in.
+struct Incoming {
+    id: u64,
+    status: Status,
+    body: Body,
+    received: usize,
+}
+
+/// See the [module](self).
+pub(crate) struct Asker {
+    identity: Identity,
+    session: u128,
+    serial: u64,
+    dead_after: Duration,
+    phase: Phase,
+    set_up: bool,
+    grant: Grant,
+    used: Used,
+    bulk: Used,
+    table: Table,
+    setup: VecDeque<u64>,
+    queues: [VecDeque<u64>; 4],
+    cancels: VecDeque<u64>,
+    refused: Vec<Call>,
+    incoming: Option<Incoming>,
+    hello_due: bool,
+    ping_due: bool,
+    pong_due: Option<u64>,
+    goodbye_due: bool,
+    heard: Instant,
+    pinged: Option<Instant>,
+    ticked: Instant,
+    /// No deadline is earlier than this.
+    earliest: Option<Instant>,
+    farewell: Option<String>,
+    events: Vec<Event>,
+}
+
+impl Asker {
+    pub(crate) fn new(identity: Identity, session: u128, dead_after: Duration, now: Instant) -> Self {
+        Self {
+            identity,
+            session,
+            serial: 0,
+            dead_after,
+            phase: Phase::Down,
+            set_up: false,
+            grant: Grant::default(),
+            used: Used::default(),
+            bulk: Used::default(),
+            table: Table::new(),
+            setup: VecDeque::new(),
+            queues: Default::default(),
+            cancels: VecDeque::new(),
+            refused: Vec::new(),
+            incoming: None,
+            hello_due: false,
+            ping_due: false,
+            pong_due: None,
+            goodbye_due: false,
+            heard: now,
+            pinged: None,
+            ticked: now,
+            earliest: None,
+            farewell: None,
+            events: Vec::new(),
+        }
+    }
+
+    /// Takes a call.
+    pub(crate) fn submit(&mut self, call: Call) {
+        let once_with_answer = call.once && !call.answer.is_empty();
+        if call.body.len() > MAX_BODY
+            || call.payload.len() > MAX_PAYLOAD
+            || call.answer.len() > MAX_PAYLOAD
+            || once_with_answer
+        {
+            self.refused.push(call);
+            return;
+        }
+        if let Some(deadline) = call.deadline {
+            self.earliest = Some(self.earliest.map_or(deadline, |e| e.min(deadline)));
+        }
+        let pending = Pending {
+            sent: false,
+            class: call.class,
+            once: call.once,
+            setup: call.setup,
+            cost: (call.payload.len() + call.answer.len()) as u64,
+            call: Some(call),
+        };
+        let (class, setup) = (pending.class, pending.setup);
+        let id = self.table.insert(pending);
+        self.queue(id, class, setup);
+    }
+
+    fn queue(&mut self, id: u64, class: Class, setup: bool) {
+        if setup {
+            self.setup.push_back(id);
+        } else {
+            self.queues[class as usize].push_back(id);
+        }
+    }
+
+    /// Calls without an answer.
+    pub(crate) fn in_flight(&self) -> usize {
+        self.table.len() + self.refused.len()
+    }
+
+    /// A connection is there: the hello goes out.
+    pub(crate) fn connected(&mut self, now: Instant) {
+        self.phase = Phase::Greeting;
+        self.hello_due = true;
+        self.heard = now;
+        self.pinged = None;
+        self.farewell = None;
+    }
+
+    /// The connection is gone: everything without an answer will be sent again.
+    pub(crate) fn disconnected(&mut self) {
+        self.phase = Phase::Down;
+        self.incoming = None;
+        (self.hello_due, self.ping_due, self.pong_due) = (false, false, None);
+        (self.used, self.bulk) = (Used::default(), Used::default());
+        self.cancels.clear();
+        self.setup.clear();
+        self.queues.iter_mut().for_each(VecDeque::clear);
+        for id in self.table.ids() {
+            let Some(pending) = self.table.get_mut(id) else { continue };
+            if pending.call.is_none() {
+                self.table.remove(id);
+                continue;
+            }
+            pending.sent = false;
+            let (class, setup) = (pending.class, pending.setup);
+            self.queue(id, class, setup);
+        }
+    }
+
+    /// Why the peer ended the connection, if it said so.
+    pub(crate) fn farewell(&mut self) -> Option<String> {
+        self.farewell.take()
+    }
+
+    /// The set-up of the session is done.
+    pub(crate) fn ready(&mut self) {
+        if self.serial != 0 {
+            self.set_up = true;
+        }
+        if self.phase == Phase::Setup {
+            self.phase = Phase::Up;
+        }
+    }
+
+    /// Whether the hello of the connection that lasts is done.
+    pub(crate) fn is_open(&self) -> bool {
+        !matches!(self.phase, Phase::Down | Phase::Greeting)
+    }
+
+    /// Something came from the peer.
+    pub(crate) fn heard(&mut self, now: Instant) {
+        self.heard = now;
+        self.pinged = None;
+    }
+
+    /// Moves the events that happened to `events`.
+    pub(crate) fn take_events(&mut self, events: &mut Vec<Event>) {
+        events.append(&mut self.events);
+        let refused = self.refused.drain(..).map(|call| answer(call, Status::MALFORMED));
+        events.extend(refused.map(Event::Answer));
+    }
+
+    /// Does what is due by the clock. Requests whose deadline passed are handed to `expired`, which makes
+    /// the connection let go of their memory (of that of the payload coming in too, if it says `true`).
+    ///
+    /// # Errors
+    /// The peer is dead.
+    pub(crate) fn tick(
+        &mut self,
+        now: Instant,
+        mut expired: impl FnMut(u64, bool),
+    ) -> Result<Option<Instant>, Fault> {
+        if self.earliest.is_some_and(|e| e <= now) {
+            self.expire(now, &mut expired);
+        }
+        // This thread itself stood still (a stopped process, a suspended PC): the peer gets a new chance.
+        let quiet = self.dead_after / 3;
+        if now.saturating_duration_since(self.ticked) > self.dead_after {
+            self.heard = now;
+            self.pinged = None;
+        }
+        self.ticked = now;
+        let mut next = self.earliest;
+        if self.phase != Phase::Down {
+            let due = match self.pinged {
+                None => self.heard + quiet,
+                Some(pinged) => pinged + (self.dead_after - quiet),
+            };
+            if due > now {
+                next = Some(next.map_or(due, |n| n.min(due)));
+            } else if self.pinged.is_some() {
+                return Err(Fault::Silent(self.dead_after.as_millis() as u64));
+            } else {
+                // A hello cannot be pinged; there it only counts the time.
+                self.ping_due = self.is_open();
+                self.pinged = Some(now);
+                let due = now + (self.dead_after - quiet);
+                next = Some(next.map_or(due, |n| n.min(due)));
+            }
+        }
+        Ok(next)
+    }
+
+    fn expire(&mut self, now: Instant, expired: &mut impl FnMut(u64, bool)) {
+        self.earliest = None;
+        for id in self.table.ids() {
+            let Some(pending) = self.table.get_mut(id) else { continue };
+            let Some(deadline) = pending.call.as_ref().and_then(|call| call.deadline) else { continue };
+            if deadline > now {
+                self.earliest = Some(self.earliest.map_or(deadline, |e| e.min(deadline)));
+                continue;
+            }
+            expired(id, self.incoming.as_ref().is_some_and(|incoming| incoming.id == id));
+            let Some(call) = pending.call.take() else { continue };
+            if pending.sent {
+                // The entry stays until the peer answers or the connection ends: the credit is in use.
+                self.table.finish_once(id);
+                self.cancels.push_back(id);
+            } else {
+                let (class, setup) = (pending.class, pending.setup);
+                self.table.remove(id);
+                let queue = if setup { &mut self.setup } else { &mut self.queues[class as usize] };
+                queue.retain(|other| *other != id);
+            }
+            self.events.push(Event::Answer(answer(call, Status::DEADLINE)));
+        }
+    }
+
+    /// Takes everything back that has no answer, and asks for a goodbye to go out.
+    pub(crate) fn close(&mut self) -> Vec<Call> {
+        let mut calls = Vec::new();
+        for id in self.table.ids() {
+            calls.extend(self.table.remove(id).and_then(|pending| pending.call));
+        }
+        calls.append(&mut self.refused);
+        self.disconnected();
+        self.goodbye_due = true;
+        calls
+    }
+
+    fn opened(&mut self, hello: Hello) -> Result<(), Fault> {
+        if hello.role != Role::Answering {
+            return Err(Fault::Protocol("the peer asks instead of answering"));
+        }
+        if hello.requests == 0 {
+            // A refusal; the goodbye that follows says why.
+            self.phase = Phase::Draining;
+            return Ok(());
+        }
+        if hello.bytes < 4 * MAX_PAYLOAD as u64 || hello.window == 0 || hello.serial == 0 {
+            return Err(Fault::Protocol("a hello that grants too little"));
+        }
+        self.grant = Grant { requests: hello.requests, bytes: hello.bytes, window: hello.window };
+        if hello.resumed {
+            if self.serial == 0 || hello.serial != self.serial {
+                return Err(Fault::Protocol("a hello that resumes a session of which we know nothing"));
+            }
+            self.phase = if self.set_up { Phase::Up } else { Phase::Setup };
+            self.events.push(Event::Resumed);
+            return Ok(());
+        }
+        for id in std::mem::take(&mut self.setup) {
+            if let Some(call) = self.table.remove(id).and_then(|pending| pending.call) {
+                self.events.push(Event::Answer(answer(call, Status::CANCELLED)));
+            }
+        }
+        self.serial = hello.serial;
+        self.set_up = false;
+        self.phase = Phase::Setup;
+        self.events.push(Event::Opened { instance: hello.instance, boot: hello.boot, peer: hello.name });
+        Ok(())
+    }
+
+    fn our_hello(&self) -> Outgoing {
+        let hello = Hello {
+            role: Role::Asking,
+            resumed: false,
+            requests: 0,
+            bytes: 0,
+            window: 0,
+            keepalive_ms: (self.dead_after / 3).as_millis().clamp(1, u128::from(u32::MAX)) as u32,
+            serial: self.serial,
+            session: self.session,
+            instance: self.identity.instance,
+            boot: self.identity.boot,
+            name: self.identity.name.clone(),
+        };
+        Outgoing { head: Head::from_vec(hello.encode()), payload: Buffer::empty(), id: 0, cost: 0 }
+    }
+
+    fn control(&self, mut header: Header, body: &[u8]) -> Outgoing {
+        header.acked = self.table.acked();
+        Outgoing { id: 0, ..frame(&header, body, Buffer::empty(), 0) }
+    }
+
+    /// Whether `id` may go out by the credit that is left.
+    fn affordable(&self, pending: &Pending) -> bool {
+        let fits = |used: &Used, requests: u32, bytes: u64| {
+            used.requests < requests && used.bytes + pending.cost <= bytes
+        };
+        // Bulk gets half, so that something urgent always finds credit.
+        let Grant { requests, bytes, .. } = self.grant;
+        fits(&self.used, requests, bytes)
+            && (pending.class != Class::Bulk || fits(&self.bulk, (requests / 2).max(1), bytes / 2))
+    }
+
+    /// The frame of the request at the head of a queue, if it may go out.
+    fn request(&mut self, id: u64) -> Option<Outgoing> {
+        let acked = self.table.acked();
+        let pending = self.table.get(id)?;
+        if !self.affordable(pending) {
+            return None;
+        }
+        let cost = pending.cost;
+        let bulk = pending.class == Class::Bulk;
+        let call = pending.call.as_ref()?;
+        let header = Header {
+            class: call.class,
+            code: call.opcode,
+            flags: if call.once { Flags::ONCE } else { 0 },
+            answer_len: call.answer.len() as u32,
+            id,
+            acked,
+            ..Header::new(Kind::Request)
+        };
+        let out = frame(&header, &call.body, call.payload.slice(0, call.payload.len())?, cost);
+        self.table.get_mut(id)?.sent = true;
+        for used in std::iter::once(&mut self.used).chain(bulk.then_some(&mut self.bulk)) {
+            used.requests += 1;
+            used.bytes += cost;
+        }
+        Some(out)
+    }
+
+    fn next_request(&mut self) -> Option<Outgoing> {
+        if let Some(id) = self.setup.front().copied() {
+            let out = self.request(id)?;
+            self.setup.pop_front();
+            return Some(out);
+        }
+        if self.phase != Phase::Up {
+            return None;
+        }
+        for class in 0..self.queues.len() {
+            let Some(id) = self.queues[class].front().copied() else { continue };
+            let once = self.table.get(id).is_some_and(|pending| pending.once);
+            if once && !self.table.in_window(id, self.grant.window) {
+                continue;
+            }
+            // Without credit for it nothing less urgent goes out either: it would take what comes back.
+            let out = self.request(id)?;
+            self.queues[class].pop_front();
+            return Some(out);
+        }
+        None
+    }
+}
+
+impl Peer for Asker {
+    fn hello(&mut self, hello: &[u8]) -> Result<(), Fault> {
+        self.opened(Hello::decode(hello)?)
+    }
+
+    fn other_version(&mut self) {}
+
+    fn begin(&mut self, header: &Header, body: &[u8]) -> Result<Place, Fault> {
+        match header.kind {
+            Kind::Reply => {}
+            Kind::Ping => {
+                self.pong_due = Some(header.id);
+                return Ok(Place::Discard);
+            }
+            Kind::Pong => return Ok(Place::Discard),
+            Kind::Goodbye => {
+                self.farewell = Some(printable(body));
+                self.phase = Phase::Draining;
+                return Ok(Place::Discard);
+            }
+            Kind::Request | Kind::Cancel => return Err(Fault::Protocol("a request from the answering side")),
+        }
+        let Some(pending) = self.table.get(header.id).filter(|pending| pending.sent) else {
+            return Err(Fault::Protocol("a reply to something that was not asked"));
+        };
+        let received = header.payload_len as usize;
+        let place = match &pending.call {
+            None => Place::Discard,
+            Some(call) => match call.answer.slice(0, received) {
+                Some(_) if received == 0 => Place::Discard,
+                Some(part) => Place::Buffer(part),
+                None => return Err(Fault::Protocol("a reply with more payload than was asked for")),
+            },
+        };
+        self.incoming = Some(Incoming {
+            id: header.id,
+            status: Status(header.code),
+            body: Body::from_slice(body),
+            received,
+        });
+        Ok(place)
+    }
+
+    fn end(&mut self) {
+        let Some(Incoming { id, status, body, received }) = self.incoming.take() else { return };
+        let Some(pending) = self.table.remove(id) else { return };
+        let bulk = pending.class == Class::Bulk;
+        for used in std::iter::once(&mut self.used).chain(bulk.then_some(&mut self.bulk)) {
+            used.requests = used.requests.saturating_sub(1);
+            used.bytes = used.bytes.saturating_sub(pending.cost);
+        }
+        if let Some(Call { tag, payload, answer, .. }) = pending.call {
+            self.events.push(Event::Answer(Answer { tag, status, body, payload, answer, received }));
+        }
+    }
+
+    fn next(&mut self) -> Option<Outgoing> {
+        if std::mem::take(&mut self.hello_due) {
+            return Some(self.our_hello());
+        }
+        if std::mem::take(&mut self.goodbye_due) {
+            let header = Header { flags: Flags::FORGET, ..Header::new(Kind::Goodbye) };
+            return Some(self.control(header, b"the asking side is done"));
+        }
+        if !self.is_open() {
+            return None;
+        }
+        if let Some(id) = self.pong_due.take() {
+            return Some(self.control(Header { id, ..Header::new(Kind::Pong) }, &[]));
+        }
+        if std::mem::take(&mut self.ping_due) {
+            return Some(self.control(Header::new(Kind::Ping), &[]));
+        }
+        if self.phase == Phase::Draining {
+            return None;
+        }
+        if let Some(id) = self.cancels.pop_front() {
+            return Some(self.control(Header { id, ..Header::new(Kind::Cancel) }, &[]));
+        }
+        self.next_request()
+    }
+
+    fn sent(&mut self, _frame: &Outgoing) {}
+}
+
+/// A frame of `header`, whose lengths are set here.
+pub(crate) fn frame(header: &Header, body: &[u8], payload: Buffer, cost: u64) -> Outgoing {
+    let header = Header { body_len: body.len() as u16, payload_len: payload.len() as u32, ..*header };
+    let mut head = Head::from_slice(&header.encode());
+    head.extend_from_slice(body);
+    Outgoing { head, payload, id: header.id, cost }
+}
+
+/// A preface that says which versions we speak, and nothing else.
+pub(crate) fn versions_only() -> Outgoing {
+    Outgoing { head: Head::from_slice(&Preface::ours(0).encode()), payload: Buffer::empty(), id: 0, cost: 0 }
+}
+
+fn answer(call: Call, status: Status) -> Answer {
+    let Call { tag, payload, answer, .. } = call;
+    Answer { tag, status, body: Body::new(), payload, answer, received: 0 }
+}

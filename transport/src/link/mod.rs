@@ -1,0 +1,52 @@
+//! What carries frames between two sides: TCP today. TLS goes between the socket and the decoder, RDMA
+//! replaces both; a [`Channel`](crate::channel::Channel) and a
+//! [`Connection`](crate::server::Connection) see only this trait.
+
+pub(crate) mod connect;
+pub(crate) mod tcp;
+
+use std::time::Instant;
+
+use crate::core::stream::Peer;
+use crate::ring::Ring;
+use crate::wire::Fault;
+
+/// A connection that carries frames. It holds no pointer to anybody's memory between two calls.
+pub(crate) trait Link: Send {
+    /// Sends what `peer` has ready, as far as the network takes it now.
+    ///
+    /// # Errors
+    /// The connection is broken.
+    fn send(&mut self, peer: &mut dyn Peer) -> Result<(), Fault>;
+
+    /// Receives what is there, within a bound. `true`: something was.
+    ///
+    /// # Errors
+    /// The connection is broken, or the other side broke the protocol.
+    fn receive(&mut self, peer: &mut dyn Peer) -> Result<bool, Fault>;
+
+    /// Asks `ring` to say when there is more to receive or room to send.
+    fn arm(&mut self, ring: &mut Ring);
+
+    /// An operation of this link completed: the low 48 bits of its token. `true`: there may be something to
+    /// receive.
+    fn completed(&mut self, token: u64) -> bool;
+
+    /// Whether the network took all that was handed to it.
+    fn is_flushed(&self) -> bool;
+
+    /// Since when the network takes nothing, if it does not.
+    fn blocked_since(&self) -> Option<Instant>;
+
+    /// The memory of request `id` is wanted by its owner, `receiving` also that of the payload coming in.
+    fn let_go(&mut self, id: u64, receiving: bool);
+
+    /// Whether the other side's hello came.
+    fn greeted(&self) -> bool;
+
+    /// Nothing more will be sent; the other side sees the end of the stream after all that was.
+    fn finish(&mut self);
+
+    /// Ends the connection.
+    fn close(&mut self, ring: &mut Ring);
+}

@@ -1,0 +1,204 @@
+//! What all connections of one serving process share.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::core::asker::Identity;
+use crate::server::Limits;
+use crate::wire::{Body, MAX_PAYLOAD, Status};
+
+/// What all connections of one serving process share: its identity, limits, and the sessions that a
+/// reconnecting peer may resume.
+pub struct Sessions {
+    pub(crate) identity: Identity,
+    pub(crate) limits: Limits,
+    numbers: AtomicU64,
+    table: Mutex<HashMap<u128, Entry>>,
+}
+
+/// The answers of `once` requests that the asking side has not confirmed.
+#[derive(Debug, Default)]
+pub(crate) struct Records {
+    /// Every request with a lower id is confirmed.
+    pub(crate) acked: u64,
+    pub(crate) finished: BTreeMap<u64, (Status, Body)>,
+}
+
+impl Records {
+    /// The asking side has all answers below `acked`.
+    pub(crate) fn confirm(&mut self, acked: u64) {
+        if acked <= self.acked {
+            return;
+        }
+        self.acked = acked;
+        while self.finished.first_key_value().is_some_and(|(id, _)| *id < acked) {
+            self.finished.pop_first();
+        }
+    }
+}
+
+/// Something that another thread may call.
+pub(crate) type Signal = Arc<dyn Fn() + Send + Sync>;
+
+/// A connection that wants a session.
+#[derive(Clone)]
+pub(crate) struct Claimant {
+    /// Grows with every accepted connection: the newest wins.
+    pub(crate) number: u64,
+    /// Ends the connection's socket.
+    pub(crate) cut: Signal,
+    /// Makes it claim again.
+    pub(crate) wake: Signal,
+}
+
+/// What came of a claim.
+pub(crate) enum Claim {
+    /// It is the claimant's now.
+    Granted { serial: u64, resumed: bool, records: Records },
+    /// Its earlier connection is being finished; claim again when woken.
+    Wait,
+    /// A newer connection has it.
+    Superseded,
+    /// There are too many sessions.
+    Full,
+}
+
+struct Entry {
+    serial: u64,
+    holder: Holder,
+    heir: Option<Claimant>,
+    /// The connection that held it last.
+    last: u64,
+}
+
+enum Holder {
+    Connection(Claimant),
+    Nobody(Records),
+}
+
+impl Sessions {
+    /// A process that serves peers under `name`.
+    #[must_use]
+    pub fn new(name: &str, limits: Limits) -> Arc<Self> {
+        let limits = Limits {
+            requests: limits.requests.max(4),
+            bytes: limits.bytes.max(4 * MAX_PAYLOAD as u64),
+            sessions: limits.sessions.max(1),
+        };
+        Arc::new(Self {
+            identity: Identity::of_this_process(name),
+            limits,
+            numbers: AtomicU64::new(1),
+            table: Mutex::default(),
+        })
+    }
+
+    /// How many `once` requests a peer may have unconfirmed.
+    pub(crate) fn window(&self) -> u32 {
+        self.limits.requests.saturating_mul(8).min(1 << 16)
+    }
+
+    /// A number for a new connection.
+    pub(crate) fn number(&self) -> u64 {
+        self.numbers.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// Asks for `session` as it was in its life `serial`. An earlier connection of it is cut.
+    pub(crate) fn claim(&self, session: u128, serial: u64, claimant: &Claimant) -> Claim {
+        let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+        if !table.contains_key(&session) && table.len() >= self.limits.sessions && !evict(&mut table) {
+            return Claim::Full;
+        }
+        let entry = table.entry(session).or_insert_with(|| Entry {
+            serial: 0,
+            holder: Holder::Nobody(Records::default()),
+            heir: None,
+            last: 0,
+        });
+        if entry.heir.as_ref().is_some_and(|heir| heir.number > claimant.number) {
+            return Claim::Superseded;
+        }
+        match &mut entry.holder {
+            Holder::Connection(holder) if holder.number > claimant.number => Claim::Superseded,
+            Holder::Connection(holder) => {
+                (holder.cut)();
+                let earlier = entry.heir.replace(claimant.clone());
+                if let Some(earlier) = earlier.filter(|earlier| earlier.number != claimant.number) {
+                    (earlier.wake)();
+                }
+                Claim::Wait
+            }
+            Holder::Nobody(records) => {
+                let resumed = serial != 0 && serial == entry.serial;
+                let records = if resumed { std::mem::take(records) } else { Records::default() };
+                if !resumed {
+                    entry.serial = nonzero();
+                }
+                entry.holder = Holder::Connection(claimant.clone());
+                entry.last = claimant.number;
+                if let Some(heir) = entry.heir.take().filter(|heir| heir.number != claimant.number) {
+                    (heir.wake)();
+                }
+                Claim::Granted { serial: entry.serial, resumed, records }
+            }
+        }
+    }
+
+    /// The connection `number` is done with `session`. Without records the session is over.
+    pub(crate) fn release(&self, session: u128, number: u64, records: Option<Records>) {
+        let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(entry) = table.get_mut(&session) else { return };
+        if entry.heir.as_ref().is_some_and(|heir| heir.number == number) {
+            entry.heir = None;
+        }
+        if !matches!(&entry.holder, Holder::Connection(holder) if holder.number == number) {
+            return;
+        }
+        let heir = entry.heir.clone();
+        match records {
+            Some(records) => entry.holder = Holder::Nobody(records),
+            None if heir.is_none() => drop(table.remove(&session)),
+            None => {
+                entry.holder = Holder::Nobody(Records::default());
+                entry.serial = nonzero();
+            }
+        }
+        if let Some(heir) = heir {
+            (heir.wake)();
+        }
+    }
+}
+
+/// Drops the session that is longest without a connection.
+fn evict(table: &mut HashMap<u128, Entry>) -> bool {
+    let idle = |entry: &Entry| matches!(entry.holder, Holder::Nobody(_)) && entry.heir.is_none();
+    let idles = table.iter().filter(|(_, entry)| idle(entry));
+    let victim = idles.min_by_key(|(_, entry)| entry.last).map(|(session, _)| *session);
+    victim.is_some_and(|session| table.remove(&session).is_some())
+}
+
+fn nonzero() -> u64 {
+    (random() as u64).max(1)
+}
+
+/// A number that nobody guesses.
+///
+/// # Panics
+/// The kernel has no random numbers.
+pub(crate) fn random() -> u128 {
+    let mut bytes = [0; 16];
+    getrandom::fill(&mut bytes).expect("the kernel gives random numbers");
+    u128::from_le_bytes(bytes)
+}
+
+impl Identity {
+    /// This process, under `name`.
+    pub(crate) fn of_this_process(name: &str) -> Self {
+        // Without the kernel's word every start counts as a new boot, which costs only care.
+        let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok();
+        let boot = boot.map(|text| text.chars().filter(char::is_ascii_hexdigit).collect::<String>());
+        let boot = boot.and_then(|hex| u128::from_str_radix(&hex, 16).ok()).unwrap_or_else(random);
+        Self { name: name.to_owned(), instance: random(), boot }
+    }
+}

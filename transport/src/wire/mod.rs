@@ -1,0 +1,124 @@
+//! The bytes on the wire: frame header, hello, limits. Drawn in `docs/wire.md`.
+
+mod frame;
+mod hello;
+
+pub(crate) use frame::{Flags, HEADER, Header, Kind};
+pub(crate) use hello::{HELLO_MOST, Hello, PREFACE, Preface, Role};
+
+use smallvec::SmallVec;
+
+/// The newest version of the format that this program speaks.
+pub const VERSION: u16 = 1;
+
+/// The oldest version of the format that this program speaks.
+pub const OLDEST_VERSION: u16 = 1;
+
+/// A frame's structured bytes. Up to 64 of them need no allocation.
+pub type Body = SmallVec<[u8; 64]>;
+
+/// Longest body of a frame in bytes.
+pub const MAX_BODY: usize = 4096;
+
+/// Longest payload of a frame in bytes.
+pub const MAX_PAYLOAD: usize = 1 << 20;
+
+/// How urgent a request is. A lower number goes first; frames of one class keep their order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(u8)]
+pub enum Class {
+    /// Somebody's CPU stands still until the answer is here: page faults, vCPU exits.
+    Urgent = 0,
+    /// Disk reads and writes.
+    Normal = 1,
+    /// Leases, inventory, flushes of state.
+    Control = 2,
+    /// Copies that nobody waits for.
+    Bulk = 3,
+}
+
+/// What a request was answered with. 0 is success; the values below 256 belong to the transport, the
+/// others to whoever uses it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Status(pub u16);
+
+impl Status {
+    /// The request was carried out.
+    pub const OK: Self = Self(0);
+    /// The peer does not know the operation.
+    pub const UNKNOWN_OPERATION: Self = Self(1);
+    /// The request's bytes make no sense.
+    pub const MALFORMED: Self = Self(2);
+    /// The deadline passed before an answer came (made up locally, never sent).
+    pub const DEADLINE: Self = Self(3);
+    /// The request was cancelled.
+    pub const CANCELLED: Self = Self(4);
+    /// The peer is stopping and takes no new work.
+    pub const STOPPING: Self = Self(5);
+}
+
+/// What a peer did that ends its connection, or why there is none. The text is the one reason people see.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Fault {
+    /// The first bytes are not a hello.
+    #[error("The other side does not speak Omega's protocol")]
+    NotOmega,
+    /// There is no version that both sides speak.
+    #[error(
+        "The peer speaks versions {oldest} to {newest} of the protocol, this program {OLDEST_VERSION} to \
+         {VERSION}: install the same release of Omega on both"
+    )]
+    Version {
+        /// The oldest version that the peer speaks.
+        oldest: u16,
+        /// The newest version that the peer speaks.
+        newest: u16,
+    },
+    /// A frame breaks the format or the rules of its kind.
+    #[error("The peer broke the protocol: {0}")]
+    Protocol(&'static str),
+    /// More requests or bytes at once than granted.
+    #[error("The peer asked for more at once than it was granted")]
+    OverCredit,
+    /// The peer ended the connection and said why.
+    #[error("The peer said: {0}")]
+    Goodbye(String),
+    /// A newer connection of the same session took over.
+    #[error("A newer connection of the same session took over")]
+    Superseded,
+    /// No room for another session.
+    #[error("The peer serves as many sessions as it can")]
+    Full,
+    /// Nothing came for too long.
+    #[error("Nothing was heard from the peer for {0} ms")]
+    Silent(u64),
+    /// The other side takes nothing.
+    #[error("The peer did not read for {0} s")]
+    Stuck(u64),
+    /// The hello did not come in time.
+    #[error("The peer did not finish its hello in time")]
+    HelloTimeout,
+    /// The other side closed.
+    #[error("The peer closed the connection")]
+    Closed,
+    /// There is no connection to be had.
+    #[error("Cannot connect to {0}: {1}")]
+    Unreachable(String, String),
+    /// The network failed.
+    #[error("The connection failed: {0}")]
+    Network(String),
+}
+
+impl From<std::io::Error> for Fault {
+    fn from(e: std::io::Error) -> Self {
+        Self::Network(e.to_string())
+    }
+}
+
+/// Text of a peer, made harmless: at most 200 bytes, printable.
+pub(crate) fn printable(text: &[u8]) -> String {
+    String::from_utf8_lossy(&text[..text.len().min(200)])
+        .chars()
+        .map(|c| if c.is_control() { '?' } else { c })
+        .collect()
+}

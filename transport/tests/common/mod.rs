@@ -1,0 +1,266 @@
+//! A server for tests, on real sockets, and a client that pumps its ring.
+#![allow(dead_code, unreachable_pub)] // each test binary uses its own part
+
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use transport::buffer::Buffer;
+use transport::channel::{Answer, Call, Channel, Config, Event};
+use transport::ring::Ring;
+use transport::server::{self, Connection, Limits, Request, Sessions};
+use transport::wire::{Body, Class, Status};
+
+/// Answers with the request's body, and `answer_len` bytes of the request's first body byte.
+pub const ECHO: u16 = 256;
+/// Counts that it was carried out, by the number in its body.
+pub const COUNT: u16 = 257;
+/// As `COUNT`, answered a little later.
+pub const SLOW: u16 = 258;
+/// Never answered until the connection is closed.
+pub const NEVER: u16 = 259;
+
+/// A server and its threads.
+pub struct Server {
+    pub address: SocketAddr,
+    pub sessions: Arc<Sessions>,
+    /// How often each number was carried out.
+    pub counts: Arc<Mutex<std::collections::HashMap<u64, u32>>>,
+    /// Sockets of all connections, to cut them.
+    pub sockets: Arc<Mutex<Vec<TcpStream>>>,
+    /// Why connections ended.
+    pub closed: Arc<Mutex<Vec<String>>>,
+    pub stop: Arc<AtomicBool>,
+    pub most_in_flight: Arc<AtomicU64>,
+    accept: Option<JoinHandle<()>>,
+}
+
+impl Server {
+    pub fn start(limits: Limits) -> Self {
+        Self::at("127.0.0.1:0", limits)
+    }
+
+    pub fn at(address: &str, limits: Limits) -> Self {
+        let deadline = Instant::now() + Duration::from_secs(5);
+        let listener = loop {
+            match TcpListener::bind(address) {
+                Ok(listener) => break listener,
+                Err(e) if Instant::now() > deadline => panic!("cannot listen at {address}: {e}"),
+                Err(_) => std::thread::sleep(Duration::from_millis(10)),
+            }
+        };
+        let address = listener.local_addr().expect("it is bound");
+        let mut server = Self {
+            address,
+            sessions: Sessions::new("test server", limits),
+            counts: Arc::default(),
+            sockets: Arc::default(),
+            closed: Arc::default(),
+            stop: Arc::default(),
+            most_in_flight: Arc::default(),
+            accept: None,
+        };
+        let (sessions, counts, sockets, closed, stop, most) = (
+            server.sessions.clone(),
+            server.counts.clone(),
+            server.sockets.clone(),
+            server.closed.clone(),
+            server.stop.clone(),
+            server.most_in_flight.clone(),
+        );
+        server.accept = Some(std::thread::spawn(move || {
+            let mut threads = Vec::new();
+            while let Ok((socket, _)) = listener.accept() {
+                if stop.load(Ordering::Relaxed) {
+                    break;
+                }
+                sockets.lock().unwrap().push(socket.try_clone().unwrap());
+                let (sessions, counts, closed, stop, most) =
+                    (sessions.clone(), counts.clone(), closed.clone(), stop.clone(), most.clone());
+                threads.push(std::thread::spawn(move || {
+                    serve(socket, sessions, &counts, &closed, &stop, &most);
+                }));
+            }
+            for thread in threads {
+                thread.join().expect("a connection's thread does not panic");
+            }
+        }));
+        server
+    }
+
+    pub fn cut_all(&self) {
+        for socket in self.sockets.lock().unwrap().drain(..) {
+            let _ = socket.shutdown(std::net::Shutdown::Both);
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        self.cut_all();
+        let _ = TcpStream::connect(self.address);
+        if let Some(accept) = self.accept.take() {
+            let result = accept.join();
+            if !std::thread::panicking() {
+                result.expect("the server's threads do not panic");
+            }
+        }
+    }
+}
+
+fn serve(
+    socket: TcpStream,
+    sessions: Arc<Sessions>,
+    counts: &Mutex<std::collections::HashMap<u64, u32>>,
+    closed: &Mutex<Vec<String>>,
+    stop: &AtomicBool,
+    most: &AtomicU64,
+) {
+    let mut ring = Ring::new(64).expect("io_uring works here");
+    let mut connection = Connection::new(socket, sessions, &mut ring);
+    let mut events = Vec::new();
+    let mut later: Vec<(Instant, Request)> = Vec::new();
+    let mut never: Vec<Request> = Vec::new();
+    let mut over = false;
+    loop {
+        let now = Instant::now();
+        while later.first().is_some_and(|(at, _)| *at <= now) {
+            let (_, request) = later.remove(0);
+            *counts.lock().unwrap().entry(number(&request.body)).or_default() += 1;
+            connection.answer(request.id, Status::OK, &request.body, Buffer::empty());
+        }
+        let due = connection.tick(&mut ring, now, &mut events);
+        if events.is_empty() {
+            if connection.is_finished() {
+                break;
+            }
+            let due = due.into_iter().chain(later.first().map(|(at, _)| *at)).min();
+            let wait = due.map_or(Duration::from_millis(100), |due| due.saturating_duration_since(now));
+            ring.wait(Some(wait.min(Duration::from_millis(100)))).expect("it waits");
+        }
+        while let Some(completion) = ring.reap() {
+            assert!(connection.complete(&mut ring, completion, &mut events));
+        }
+        if stop.load(Ordering::Relaxed) && !over {
+            connection.stop("the test is over");
+        }
+        for event in events.drain(..) {
+            match event {
+                server::Event::Opened { .. } | server::Event::Cancel { .. } => {}
+                server::Event::Closed { reason } => {
+                    closed.lock().unwrap().push(reason);
+                    over = true;
+                }
+                server::Event::Request(request) => match request.opcode {
+                    ECHO => {
+                        let answer = if request.payload.is_empty() {
+                            let answer = connection.buffer(request.answer_len);
+                            answer.fill(request.body.first().copied().unwrap_or(0));
+                            answer
+                        } else {
+                            request.payload.slice(0, request.answer_len.min(request.payload.len())).unwrap()
+                        };
+                        connection.answer(request.id, Status::OK, &request.body, answer);
+                    }
+                    COUNT => {
+                        *counts.lock().unwrap().entry(number(&request.body)).or_default() += 1;
+                        connection.answer(request.id, Status::OK, &request.body, Buffer::empty());
+                    }
+                    SLOW => later.push((Instant::now() + Duration::from_millis(5), request)),
+                    NEVER => never.push(request),
+                    _ => connection.answer(request.id, Status::UNKNOWN_OPERATION, &[], Buffer::empty()),
+                },
+            }
+        }
+        if over {
+            for request in never.drain(..) {
+                connection.answer(request.id, Status::CANCELLED, &[], Buffer::empty());
+            }
+        }
+        most.fetch_max(connection.in_flight() as u64, Ordering::Relaxed);
+    }
+}
+
+pub fn number(body: &[u8]) -> u64 {
+    body.first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes))
+}
+
+/// A channel, its ring and what happened to it.
+pub struct Client {
+    pub ring: Ring,
+    pub channel: Channel,
+    pub answers: Vec<Answer>,
+    pub opened: u32,
+    pub resumed: u32,
+    pub lost: Vec<String>,
+}
+
+impl Client {
+    pub fn new(address: SocketAddr) -> Self {
+        Self::named(&address.to_string(), Duration::from_secs(2))
+    }
+
+    pub fn named(address: &str, dead_after: Duration) -> Self {
+        let mut ring = Ring::new(64).expect("io_uring works here");
+        let config = Config {
+            address: address.to_owned(),
+            name: "test client".to_owned(),
+            dead_after,
+            retry_first: Duration::from_millis(2),
+            retry_most: Duration::from_millis(50),
+        };
+        let channel = Channel::new(config, &mut ring);
+        Self { ring, channel, answers: Vec::new(), opened: 0, resumed: 0, lost: Vec::new() }
+    }
+
+    /// One round of the ring, of at most `most`.
+    pub fn pump(&mut self, most: Duration) {
+        let mut events = Vec::new();
+        let now = Instant::now();
+        let due = self.channel.tick(&mut self.ring, now, &mut events);
+        if events.is_empty() {
+            let wait = due.map_or(most, |due| due.saturating_duration_since(now).min(most));
+            self.ring.wait(Some(wait)).expect("it waits");
+        }
+        while let Some(completion) = self.ring.reap() {
+            assert!(self.channel.complete(&mut self.ring, completion, &mut events));
+        }
+        for event in events {
+            match event {
+                Event::Opened { .. } => {
+                    self.opened += 1;
+                    self.channel.ready();
+                }
+                Event::Resumed => self.resumed += 1,
+                Event::Lost { reason } => self.lost.push(reason),
+                Event::Answer(answer) => self.answers.push(answer),
+            }
+        }
+    }
+
+    /// Pumps until `done`, at most ten seconds.
+    pub fn until(&mut self, what: &str, mut done: impl FnMut(&Self) -> bool) {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while !done(self) {
+            assert!(Instant::now() < deadline, "{what} did not happen; lost: {:?}", self.lost);
+            self.pump(Duration::from_millis(20));
+        }
+    }
+}
+
+pub fn call(tag: u64, opcode: u16, body: &[u8], payload: Buffer, answer_len: usize) -> Call {
+    Call {
+        tag,
+        opcode,
+        class: Class::Normal,
+        body: Body::from_slice(body),
+        payload,
+        answer: Buffer::zeroed(answer_len),
+        once: false,
+        deadline: None,
+        setup: false,
+    }
+}
