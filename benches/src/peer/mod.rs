@@ -1,0 +1,3 @@
+//! What others do: programs of Debian's that do the same work.
+
+pub mod nbd;
