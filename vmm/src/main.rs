@@ -1,3 +1,7 @@
-//! Skeleton.
+//! The binary `omega`; all of it is in the library, so that it can be tested.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    vmm::cli::main()
+}

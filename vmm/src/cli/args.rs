@@ -1,0 +1,179 @@
+//! The command line: the one definition behind parsing, `--help`, completions and man pages.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueHint};
+
+use crate::seccomp;
+use crate::units::{Bytes, Span};
+
+/// What every command may end with; shown by `--help` and in the man page.
+const EXIT_CODES: &str = "Exit codes:
+   0  done; `run`: the guest powered off
+   1  it failed or could not start; one line says what, why and what to do
+   2  the command line or the configuration is wrong
+  10  `run`: the guest rebooted and `on.reboot` is \"exit\"
+  11  `run`: the guest's kernel panicked
+  12  `run`: the guest's processor shut down (triple fault)
+  13  `run`: the guest was ended from outside (second signal, `stop --force`)
+
+Environment:
+  OMEGA_LOG          what is logged: error, warn, info, debug, trace; also per part: info,transport=debug
+  OMEGA_RUNTIME_DIR  where running guests are found; by default /run/omega for root,
+                     $XDG_RUNTIME_DIR/omega for others";
+
+/// Omega runs one desktop virtual machine on the hardware of several PCs.
+#[derive(Debug, Parser)]
+#[command(name = "omega", version, after_help = EXIT_CODES, max_term_width = 100)]
+#[command(propagate_version = true, subcommand_required = true, arg_required_else_help = true)]
+pub struct Omega {
+    /// Write the log as JSON, one object a line.
+    #[arg(long, global = true)]
+    pub log_json: bool,
+    /// Log only warnings and errors.
+    #[arg(long, short, global = true)]
+    pub quiet: bool,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run a guest until it ends.
+    ///
+    /// The first SIGTERM or SIGINT presses the guest's power button, the second ends it. In a terminal all
+    /// keys go to the guest; Ctrl-] and then ? shows what can be told to Omega itself.
+    Run(Run),
+    /// List the guests that run here.
+    Ps(Output),
+    /// Attach to a guest's console; Ctrl-] q detaches.
+    Console(Console),
+    /// Have a guest power off, and wait until it has.
+    Stop(Stop),
+    /// Pause a guest: its processors stand still and its devices are drained.
+    Pause(Name),
+    /// Let a paused guest go on.
+    Resume(Name),
+    /// Show what a guest does: its state, devices and counters.
+    Status(Status),
+    /// Show what this PC can and cannot do, and how to mend it.
+    ///
+    /// Ends with 0 if guests can run here, with 1 otherwise.
+    Check(Output),
+    /// Check a guest's configuration without running it.
+    Validate(Validate),
+    /// Print the JSON Schema of a guest's configuration, for editors.
+    Schema,
+    /// Print completions for a shell.
+    Completions(Completions),
+    /// Write the man pages.
+    #[command(hide = true)]
+    Man(Man),
+}
+
+/// `omega run`.
+#[derive(Debug, Args)]
+pub struct Run {
+    /// The guest's configuration.
+    #[arg(value_hint = ValueHint::FilePath, value_name = "GUEST.TOML")]
+    pub config: PathBuf,
+    /// Run it under another name.
+    #[arg(long)]
+    pub name: Option<String>,
+    /// Another number of processors.
+    #[arg(long, value_name = "N")]
+    pub cpus: Option<u8>,
+    /// Another amount of RAM, as 512M or 8G.
+    #[arg(long, value_name = "SIZE")]
+    pub memory: Option<Bytes>,
+    /// More words for the kernel's command line.
+    #[arg(long, value_name = "WORDS", allow_hyphen_values = true)]
+    pub cmdline_append: Option<String>,
+    /// Start even on a KVM that cannot run stock kernels. Such a guest usually hangs; this is for
+    /// micro-guests and measurements.
+    #[arg(long)]
+    pub allow_unfit_kvm: bool,
+    /// What a thread meets that makes a system call it has no right to: kill, explain, log, off.
+    #[arg(long, value_name = "MODE", default_value = "kill")]
+    pub seccomp: seccomp::Mode,
+}
+
+/// How a command shows what it found.
+#[derive(Debug, Args)]
+pub struct Output {
+    /// Print JSON for programs.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// A guest that runs.
+#[derive(Debug, Args)]
+pub struct Name {
+    /// The guest's name, as in `omega ps`.
+    pub name: String,
+}
+
+/// `omega console`.
+#[derive(Debug, Args)]
+pub struct Console {
+    /// The guest's name, as in `omega ps`.
+    pub name: String,
+    /// Its virtio console instead of its serial port.
+    #[arg(long)]
+    pub virtio: bool,
+}
+
+/// `omega stop`.
+#[derive(Debug, Args)]
+pub struct Stop {
+    /// The guest's name, as in `omega ps`.
+    pub name: String,
+    /// End it at once without asking it, as pulling the plug would.
+    #[arg(long)]
+    pub force: bool,
+    /// How long to wait for it to end, as 90s or 5m; it keeps running if it does not.
+    #[arg(long, value_name = "TIME", default_value_t = Span(Duration::from_secs(120)))]
+    pub timeout: Span,
+}
+
+/// `omega status`.
+#[derive(Debug, Args)]
+pub struct Status {
+    /// The guest's name, as in `omega ps`.
+    pub name: String,
+    /// Print JSON for programs.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `omega validate`.
+#[derive(Debug, Args)]
+pub struct Validate {
+    /// The guest's configuration.
+    #[arg(value_hint = ValueHint::FilePath, value_name = "GUEST.TOML")]
+    pub config: PathBuf,
+    /// Do not look for the files that it names.
+    #[arg(long)]
+    pub no_files: bool,
+    /// Print JSON for programs.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `omega completions`.
+#[derive(Debug, Args)]
+pub struct Completions {
+    /// The shell.
+    pub shell: clap_complete::Shell,
+}
+
+/// `omega man`.
+#[derive(Debug, Args)]
+pub struct Man {
+    /// The folder to write them into.
+    #[arg(value_hint = ValueHint::DirPath)]
+    pub folder: PathBuf,
+}

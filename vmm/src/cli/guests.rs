@@ -1,0 +1,195 @@
+//! The commands that talk to guests which run already.
+
+use std::fmt::Write as _;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use super::runtime::{self, Folder};
+use super::{Failure, args, show};
+use crate::control::client::{Client, Error as ClientError};
+use crate::control::protocol::Command;
+use crate::control::{Counters, Error as Refusal, State, Status};
+
+/// How long a guest may take to answer what it answers at once.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// How often to look whether a guest has ended.
+const LOOK: Duration = Duration::from_millis(20);
+
+fn connect(folder: &Folder, patience: Option<Duration>) -> Result<Client, Failure> {
+    let name = folder.name();
+    Client::connect(&folder.control(), patience).map_err(|why| {
+        Failure::failed(format!("The guest `{name}` does not answer yet or any more ({why}); try again"))
+    })
+}
+
+fn refused(name: &str, why: &ClientError) -> Failure {
+    Failure::failed(match why {
+        ClientError::Refused(Refusal::Unsupported(why)) => {
+            format!("The guest `{name}` cannot do this: {why}")
+        }
+        ClientError::Refused(Refusal::NotNow(why)) => format!("The guest `{name}` cannot do this now: {why}"),
+        ClientError::Refused(why) => format!("The guest `{name}` refuses: {why}"),
+        why => format!("The guest `{name}` does not answer: {why}"),
+    })
+}
+
+pub(super) fn ps(args: &args::Output) -> Result<(), Failure> {
+    let mut rows = Vec::new();
+    for folder in runtime::running()? {
+        let client = Client::connect(&folder.control(), Some(PATIENCE));
+        match client.and_then(|mut client| client.status()) {
+            Ok(status) => rows.push(status),
+            Err(_) => {
+                // Its process lives: it is being built, or ending, or another version.
+                let Some(pid) = folder.process() else { continue };
+                rows.push(silent(&folder, pid));
+            }
+        }
+    }
+    if args.json {
+        return show(&format!("{}\n", super::json(&rows)?));
+    }
+    let width = rows.iter().map(|row| row.name.len()).max().unwrap_or(0).max(4);
+    let mut text =
+        format!("{:width$}  {:8}  {:>4}  {:>7}  {:>9}  PID\n", "NAME", "STATE", "CPUS", "MEMORY", "UPTIME");
+    for row in &rows {
+        let Status { name, pid, vcpus, memory, .. } = row;
+        let (state, up) = (state(row.state), uptime(row.uptime_ms));
+        let (vcpus, memory) = match row.state {
+            State::Starting => ("-".to_owned(), "-".to_owned()),
+            _ => (vcpus.to_string(), memory.to_string()),
+        };
+        // Writing to a text cannot fail.
+        let _ = writeln!(text, "{name:width$}  {state:8}  {vcpus:>4}  {memory:>7}  {up:>9}  {pid}");
+    }
+    show(&text)
+}
+
+/// What is known of a guest that does not answer.
+fn silent(folder: &Folder, pid: u32) -> Status {
+    Status {
+        name: folder.name().to_owned(),
+        pid,
+        state: State::Starting,
+        vcpus: 0,
+        memory: crate::units::Bytes(0),
+        balloon: None,
+        uptime_ms: 0,
+        resets: 0,
+        devices: Vec::new(),
+    }
+}
+
+fn state(state: State) -> &'static str {
+    match state {
+        State::Starting => "starting",
+        State::Running => "running",
+        State::Paused => "paused",
+        State::Ending => "ending",
+    }
+}
+
+fn uptime(milliseconds: u64) -> String {
+    let seconds = milliseconds / 1000;
+    let (days, hours, minutes) = (seconds / 86_400, seconds / 3600 % 24, seconds / 60 % 60);
+    let seconds = seconds % 60;
+    if days > 0 {
+        format!("{days}d {hours:02}:{minutes:02}")
+    } else {
+        format!("{hours:02}:{minutes:02}:{seconds:02}")
+    }
+}
+
+pub(super) fn status(args: &args::Status) -> Result<(), Failure> {
+    let folder = runtime::find(&args.name)?;
+    let mut client = connect(&folder, Some(PATIENCE))?;
+    let status = client.status().map_err(|why| refused(&args.name, &why))?;
+    let counters = client.counters().map_err(|why| refused(&args.name, &why))?;
+    if args.json {
+        #[derive(serde::Serialize)]
+        struct Both {
+            #[serde(flatten)]
+            status: Status,
+            counters: Counters,
+        }
+        return show(&format!("{}\n", super::json(&Both { status, counters })?));
+    }
+    show(&table(&status, &counters))
+}
+
+fn table(status: &Status, counters: &Counters) -> String {
+    let Status { name, pid, state: now, vcpus, memory, balloon, uptime_ms, resets, devices } = status;
+    let mut text = format!("name      {name}\nstate     {}\nprocess   {pid}\n", state(*now));
+    // Writing to a text cannot fail.
+    let _ = write!(text, "vcpus     {vcpus}\nmemory    {memory}\n");
+    if let Some(balloon) = balloon {
+        let _ = writeln!(text, "balloon   {balloon}");
+    }
+    let _ = write!(text, "uptime    {}\nresets    {resets}\n", uptime(*uptime_ms));
+    for device in devices {
+        let _ = writeln!(text, "{:9} {} ({})", device.name, device.about, device.kind);
+    }
+    for (group, counters) in counters {
+        for (counter, value) in counters {
+            let _ = writeln!(text, "{group}.{counter} {value}");
+        }
+    }
+    text
+}
+
+pub(super) fn pause(args: &args::Name) -> Result<(), Failure> {
+    order(&args.name, Command::Pause)
+}
+
+pub(super) fn resume(args: &args::Name) -> Result<(), Failure> {
+    order(&args.name, Command::Resume)
+}
+
+/// Has the guest carry out what may take as long as its devices need.
+fn order(name: &str, command: Command) -> Result<(), Failure> {
+    let folder = runtime::find(name)?;
+    let mut client = connect(&folder, None)?;
+    client.ask(command).map(drop).map_err(|why| refused(name, &why))
+}
+
+pub(super) fn stop(args: &args::Stop) -> Result<(), Failure> {
+    let folder = runtime::find(&args.name)?;
+    let name = &args.name;
+    let mut client = connect(&folder, Some(PATIENCE))?;
+    let command = if args.force { Command::Kill } else { Command::PowerOff };
+    match client.ask(command) {
+        Ok(_) => {}
+        // A guest that ends at this moment is what was asked for.
+        Err(ClientError::Unreachable(_)) if folder.process().is_none() => return Ok(()),
+        Err(why @ ClientError::Refused(Refusal::NotNow(_))) => {
+            let Failure { code, message } = refused(name, &why);
+            let mend = format!("{message}; `omega stop --force {name}` ends it at once");
+            return Err(Failure { code, message: mend });
+        }
+        Err(why) => return Err(refused(name, &why)),
+    }
+    let start = Instant::now();
+    while folder.process().is_some() {
+        if start.elapsed() >= args.timeout.0 {
+            let waited = args.timeout;
+            return Err(Failure::failed(format!(
+                "The guest `{name}` did not end within {waited} and runs on; wait longer with --timeout, or \
+                 end it at once with `omega stop --force {name}`"
+            )));
+        }
+        sleep(LOOK);
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn uptimes_are_short() {
+        assert_eq!(uptime(59_999), "00:00:59");
+        assert_eq!(uptime(3_600_000 * 5), "05:00:00");
+        assert_eq!(uptime(86_400_000 * 3 + 60_000), "3d 00:01");
+    }
+}
