@@ -8,6 +8,7 @@ pub mod control;
 pub mod cpu;
 pub mod kvm;
 pub mod loader;
+pub mod machine;
 pub mod memory;
 pub mod seccomp;
 pub mod units;

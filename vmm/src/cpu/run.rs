@@ -1,5 +1,6 @@
 //! The loop of one vCPU.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::Sender;
 
 use devices::bus::{Action, Bus, Outcome};
@@ -35,9 +36,16 @@ pub enum Event {
     Failed(u8, String),
 }
 
-/// Runs a vCPU until the gang pauses or ends. At return every access of the vCPU is finished, so that its
+/// Runs a vCPU until the gang pauses or ends, counting its `exits`. At return every access of the vCPU is finished, so that its
 /// state is whole.
-pub fn run(index: u8, cpu: &mut dyn Processor, buses: &Buses, gang: &Gang, events: &Sender<Event>) {
+pub fn run(
+    index: u8,
+    cpu: &mut dyn Processor,
+    buses: &Buses,
+    gang: &Gang,
+    events: &Sender<Event>,
+    exits: &AtomicU64,
+) {
     let raise = |event| {
         gang.request_pause();
         // Nobody listens any more only when the machine is being taken down.
@@ -45,6 +53,7 @@ pub fn run(index: u8, cpu: &mut dyn Processor, buses: &Buses, gang: &Gang, event
     };
     let mut entry = VmEntry::Continue;
     loop {
+        exits.fetch_add(1, Ordering::Relaxed);
         let (outcome, mut data) = match cpu.enter(entry) {
             VmExit::PortRead { port, size } => read(&buses.port, port.into(), size),
             VmExit::PortWrite { port, data } => (buses.port.write(port.into(), data.as_slice()), data),

@@ -16,6 +16,8 @@ use super::{Context, Doorbells, Error, Interrupts, PartitionState, Vcpu, cpuid, 
 /// Where KVM keeps three pages for VMX's real mode, below the local APICs and off all RAM (`KVM_SET_TSS_ADDR`).
 const TSS: usize = 0xfffb_d000;
 
+const LIST_CPUID: &str = "list its CPUID leaves";
+
 const NEEDED: [(Cap, &str); 10] = [
     (Cap::UserMemory, "user memory"),
     (Cap::Irqchip, "the in-kernel interrupt controllers"),
@@ -57,7 +59,7 @@ impl Partition {
         vm.create_irq_chip().to("create the interrupt controllers")?;
         let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
         vm.create_pit2(pit).to("create the interval timer")?;
-        let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).to("list its CPUID leaves")?;
+        let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).to(LIST_CPUID)?;
         let msrs = msr::saved(&kvm)?;
         let tsc_deadline = kvm.check_extension(Cap::TscDeadlineTimer);
         Ok(Self { vm: Arc::new(vm), memory, supported, msrs, tsc_deadline, cpus })
@@ -69,10 +71,13 @@ impl Partition {
         &self.memory
     }
 
-    /// How many bits a guest-physical address has.
-    #[must_use]
-    pub fn address_bits(&self) -> u8 {
-        cpuid::address_bits(&self.supported)
+    /// How many bits a guest-physical address has on this PC.
+    ///
+    /// # Errors
+    /// [`Error::Open`], or KVM refuses.
+    pub fn host_address_bits() -> Result<u8, Error> {
+        let supported = open()?.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).to(LIST_CPUID)?;
+        Ok(cpuid::address_bits(&supported))
     }
 
     /// Registers `KVM_IOEVENTFD`s.

@@ -1,0 +1,170 @@
+//! Building a machine from a guest's configuration.
+
+use std::fmt::Display;
+use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Mutex, mpsc};
+use std::time::Instant;
+
+use devices::bus::{BusDevice, Range};
+use devices::irq::InterruptController;
+use devices::lifecycle::Lifecycle;
+use devices::pci::{PciRoot, Windows};
+use devices::platform::{I8042, Pm, Pvpanic, RamSize, Rtc, Serial, SystemControlA, ports};
+
+use super::parts::{Device, Parts};
+use super::{Error, Machine, Options, disks};
+use crate::config;
+use crate::cpu::{Buses, Gang};
+use crate::kvm::{Doorbells, Interrupts, Partition};
+use crate::loader::Kernel;
+use crate::memory::{ECAM, Layout, Ram, WINDOW_32};
+
+/// Configuration mechanism 1, with the reset control register inside.
+const CONFIG_PORTS: Range = Range { base: 0xcf8, len: 8 };
+
+/// A machine under construction.
+pub(super) struct Assembly {
+    pub(super) buses: Buses,
+    pub(super) devices: Vec<Device>,
+    pub(super) interrupts: Interrupts,
+    pub(super) doorbells: Arc<Doorbells>,
+    pub(super) memory: Arc<devices::GuestMemory>,
+    pub(super) pci: Arc<PciRoot>,
+    next_slot: usize,
+}
+
+impl Assembly {
+    /// Adds a device to the machine's life.
+    pub(super) fn add(&mut self, name: &str, about: &'static str, life: Arc<dyn Lifecycle>) {
+        let about = Box::new(move || about.to_owned());
+        self.devices.push(Device { name: name.into(), about, life, counters: None });
+    }
+
+    /// Puts a device on the port bus and into the machine's life.
+    fn add_port<D: BusDevice + Lifecycle + 'static>(
+        &mut self,
+        name: &str,
+        about: &'static str,
+        range: Range,
+        device: Arc<D>,
+    ) -> Result<(), Error> {
+        self.buses.port.insert(range, Arc::clone(&device) as _).map_err(|why| broken(name, &why))?;
+        self.add(name, about, device);
+        Ok(())
+    }
+
+    /// The next free slot of the PCI bus.
+    pub(super) fn slot(&mut self) -> usize {
+        self.next_slot += 1;
+        self.next_slot
+    }
+}
+
+/// A device that cannot be built.
+pub(super) fn broken(name: &str, why: &dyn Display) -> Error {
+    Error::Device { name: name.into(), why: why.to_string() }
+}
+
+/// Builds the machine.
+pub(super) fn assemble(guest: &config::Guest, options: Options) -> Result<Machine, Error> {
+    let started = Instant::now();
+    let kernel = Kernel::open(&guest.kernel, options.cache.as_deref())?;
+    let count = guest.cpu.count;
+    let bits = Partition::host_address_bits()?;
+    let size = guest.memory.size;
+    let layout = Layout::new(size, bits).ok_or(Error::TooMuchMemory { size, bits })?;
+    let ram = Ram::new(&layout)?;
+    let partition = Partition::new(ram.memory().clone(), count)?;
+    let high = Some(layout.window_64());
+    let mut assembly = Assembly {
+        buses: Buses::default(),
+        devices: Vec::new(),
+        interrupts: partition.interrupts()?,
+        doorbells: Arc::new(partition.doorbells()),
+        memory: Arc::new(ram.memory().clone()),
+        pci: Arc::new(PciRoot::new(Windows { low: WINDOW_32, high })),
+        next_slot: 0,
+    };
+    let pm = platform(&mut assembly, &layout, &options)?;
+    disks::add(&mut assembly, guest)?;
+    pci(&mut assembly)?;
+    let vcpus = (0..count).map(|index| partition.vcpu(index)).collect::<Result<Vec<_>, _>>()?;
+    let cpus = vcpus
+        .iter()
+        .map(|vcpu| vcpu.save().map(crate::kvm::CpuState::without_clock))
+        .collect::<Result<_, _>>()?;
+    let power_on = (cpus, partition.save()?.without_clock());
+    let (events, received) = mpsc::channel();
+    let (end, ended) = mpsc::channel();
+    let parts = Parts {
+        guest: guest.clone(),
+        layout,
+        vcpus: vcpus.into_iter().map(Mutex::new).collect(),
+        exits: (0..count).map(|_| AtomicU64::new(0)).collect(),
+        buses: assembly.buses,
+        gang: Gang::new(count.into()),
+        devices: assembly.devices,
+        pm,
+        kernel: Mutex::new(kernel),
+        events,
+        end,
+        started,
+        resets: AtomicU64::new(0),
+        power_on,
+        life: Mutex::new(()),
+        state: 0.into(),
+        partition,
+        ram,
+    };
+    Ok(Machine { parts: Arc::new(parts), events: received, end: ended })
+}
+
+/// The chipset's devices; returns the one with the power button.
+fn platform(assembly: &mut Assembly, layout: &Layout, options: &Options) -> Result<Arc<Pm>, Error> {
+    let line = |assembly: &Assembly, name: &str, irq| {
+        assembly.interrupts.line(irq).map_err(|why| broken(name, &why))
+    };
+    let irq = line(assembly, "serial", ports::SERIAL_IRQ)?;
+    let hub = &options.serial;
+    let serial = Arc::new(Serial::new(irq, hub.writer()).map_err(|why| broken("serial", &why))?);
+    let room = serial.room().try_clone().map_err(|why| broken("serial", &why))?;
+    let input = Arc::clone(&serial);
+    hub.connect_input(move |bytes| input.enqueue(bytes));
+    hub.watch_room(room);
+    assembly.add_port("serial", "16550A at 0x3f8", ports::SERIAL, serial)?;
+
+    let pm = Arc::new(Pm::new(line(assembly, "pm", ports::SCI_IRQ)?));
+    assembly.add_port("pm", "ACPI power management", ports::PM, Arc::clone(&pm))?;
+    let ram = RamSize { below_4g: layout.low().len, above_4g: layout.high().map_or(0, |high| high.len) };
+    assembly.add_port("rtc", "CMOS clock", ports::RTC, Arc::new(Rtc::new(ram)))?;
+    assembly.add_port(
+        "i8042",
+        "keyboard controller, for its reset line",
+        ports::I8042,
+        Arc::new(I8042::default()),
+    )?;
+    assembly.add_port(
+        "port92",
+        "fast reset",
+        ports::SYSTEM_CONTROL_A,
+        Arc::new(SystemControlA::default()),
+    )?;
+    assembly.add_port("pvpanic", "panic notification", ports::PVPANIC, Arc::new(Pvpanic))?;
+    Ok(pm)
+}
+
+/// Puts the PCI host on the buses; its functions are there already.
+fn pci(assembly: &mut Assembly) -> Result<(), Error> {
+    let failed = |why: devices::bus::Overlap| broken("pci", &why);
+    assembly.buses.port.insert(CONFIG_PORTS, assembly.pci.ports()).map_err(failed)?;
+    assembly.buses.mmio.insert(ECAM, assembly.pci.ecam()).map_err(failed)?;
+    for (range, window) in assembly.pci.mmio() {
+        assembly.buses.mmio.insert(range, window).map_err(failed)?;
+    }
+    let root = Arc::clone(&assembly.pci);
+    if let Some((0, bridge)) = root.functions().into_iter().next() {
+        assembly.add("pci-bridge", "PCI host bridge", bridge);
+    }
+    assembly.add("pci", "PCI Express root", root);
+    Ok(())
+}

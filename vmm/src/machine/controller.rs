@@ -1,0 +1,146 @@
+//! A running machine under the control of others.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use serde::Serialize;
+
+use super::parts::{Parts, lock};
+use super::{Error, Exit};
+use crate::control::{self, Controlled, Counters, DeviceStatus, State, Status};
+use crate::kvm::{CpuState, PartitionState};
+use crate::units::Bytes;
+
+/// The version of the saved state's layout.
+const STATE_VERSION: u32 = 1;
+
+/// Controls one machine.
+pub struct Controller {
+    parts: Arc<Parts>,
+}
+
+#[derive(Serialize)]
+struct Saved {
+    version: u32,
+    vcpus: Vec<CpuState>,
+    partition: PartitionState,
+    devices: BTreeMap<String, devices::lifecycle::DeviceState>,
+}
+
+impl Controller {
+    pub(super) fn new(parts: Arc<Parts>) -> Self {
+        Self { parts }
+    }
+
+    fn not_now(&self) -> control::Error {
+        let doing = match self.parts.state() {
+            State::Starting => "starting",
+            State::Running => "running",
+            State::Paused => "paused",
+            State::Ending => "ending",
+        };
+        control::Error::NotNow(format!("the guest is {doing}"))
+    }
+}
+
+fn failed(error: impl ToString) -> control::Error {
+    control::Error::Failed(error.to_string())
+}
+
+impl Controlled for Controller {
+    fn status(&self) -> Status {
+        let parts = &self.parts;
+        let describe = |device: &super::parts::Device| DeviceStatus {
+            name: device.name.clone(),
+            kind: device.life.kind().into(),
+            about: (device.about)(),
+        };
+        Status {
+            name: parts.guest.name.clone(),
+            pid: std::process::id(),
+            state: parts.state(),
+            vcpus: parts.vcpus.len() as u8,
+            memory: parts.guest.memory.size,
+            balloon: None,
+            uptime_ms: parts.started.elapsed().as_millis() as u64,
+            resets: parts.resets.load(Ordering::Relaxed),
+            devices: parts.devices.iter().map(describe).collect(),
+        }
+    }
+
+    fn pause(&self) -> Result<(), control::Error> {
+        let _life = lock(&self.parts.life);
+        match self.parts.state() {
+            State::Running => self.parts.pause().map_err(failed),
+            State::Paused => Ok(()),
+            State::Starting | State::Ending => Err(self.not_now()),
+        }
+    }
+
+    fn resume(&self) -> Result<(), control::Error> {
+        let _life = lock(&self.parts.life);
+        match self.parts.state() {
+            State::Paused => self.parts.resume().map_err(failed),
+            State::Running => Ok(()),
+            State::Starting | State::Ending => Err(self.not_now()),
+        }
+    }
+
+    fn power_off(&self) -> Result<(), control::Error> {
+        if self.parts.state() != State::Running {
+            return Err(self.not_now());
+        }
+        match self.parts.pm.press_power_button() {
+            Ok(true) => Ok(()),
+            Ok(false) => {
+                Err(control::Error::NotNow("the guest does not listen to its power button (yet)".into()))
+            }
+            Err(error) => Err(failed(error)),
+        }
+    }
+
+    fn kill(&self) {
+        self.parts.finish(Ok(Exit::Killed));
+    }
+
+    fn counters(&self) -> Counters {
+        let mut groups = Counters::new();
+        for (index, exits) in self.parts.exits.iter().enumerate() {
+            let exits = BTreeMap::from([("exits".to_owned(), exits.load(Ordering::Relaxed))]);
+            groups.insert(format!("vcpu{index}"), exits);
+        }
+        for device in &self.parts.devices {
+            if let Some(counters) = &device.counters {
+                let group = counters().into_iter().map(|(name, value)| (name.to_owned(), value));
+                groups.insert(device.name.clone(), group.collect());
+            }
+        }
+        groups
+    }
+
+    fn set_balloon(&self, _target: Bytes) -> Result<(), control::Error> {
+        Err(control::Error::Unsupported("the guest has no balloon".into()))
+    }
+
+    fn save_state(&self) -> Result<serde_json::Value, control::Error> {
+        let _life = lock(&self.parts.life);
+        if self.parts.state() != State::Paused {
+            return Err(self.not_now());
+        }
+        save(&self.parts).map_err(failed)
+    }
+}
+
+fn save(parts: &Parts) -> Result<serde_json::Value, Error> {
+    let mut devices = BTreeMap::new();
+    for device in &parts.devices {
+        let state =
+            device.life.save().map_err(|source| Error::Lifecycle { name: device.name.clone(), source })?;
+        devices.insert(device.name.clone(), state);
+    }
+    let vcpus = parts.vcpus.iter().map(|vcpu| lock(vcpu).save()).collect::<Result<_, _>>()?;
+    let saved = Saved { version: STATE_VERSION, vcpus, partition: parts.partition.save()?, devices };
+    serde_json::to_value(saved)
+        .map_err(|error| Error::Device { name: "machine".into(), why: error.to_string() })
+}

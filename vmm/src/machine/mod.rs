@@ -1,0 +1,199 @@
+//! The machine: built from a guest's configuration, started, paused, reset and ended.
+//!
+//! ```text
+//!           run                     pause
+//! Starting ─────▶ Running ◀────────────────────▶ Paused
+//!                  │   ▲            resume         │
+//!    reset, panic  └───┘                           │
+//!                  │                               │
+//!                  └──▶ Ending ◀── kill, power-off ┘
+//! ```
+//!
+//! Who does what: each vCPU has a thread, which answers its own exits; the *keeper* thread carries out
+//! what vCPUs ask for (reset, power-off); a controller's thread pauses and resumes under the same lock as
+//! the keeper. The thread in [`Machine::run`] only waits for the end, so that a kill always gets through,
+//! whatever a device waits for.
+
+mod assembly;
+mod controller;
+mod disks;
+mod keeper;
+mod parts;
+mod vcpus;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::mpsc::Receiver;
+
+pub use controller::Controller;
+
+use crate::acpi;
+use crate::config;
+use crate::console::Hub;
+use crate::control::State;
+use crate::cpu::{Event, Stuck};
+use crate::kvm;
+use crate::loader;
+use crate::memory;
+
+/// What is not part of the guest's configuration.
+pub struct Options {
+    /// Start although this PC's KVM cannot run stock kernels.
+    pub allow_unfit_kvm: bool,
+    /// Where unpacked kernels are kept; nowhere: they are unpacked at each start.
+    pub cache: Option<PathBuf>,
+    /// Where the serial port is connected.
+    pub serial: Hub,
+    /// Where the virtio console is connected, where the guest has one.
+    pub console: Option<Hub>,
+}
+
+/// How a guest ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// It powered itself off.
+    PoweredOff,
+    /// It asked for a reset, and its configuration says that this ends it.
+    Rebooted,
+    /// Its kernel panicked.
+    Panicked,
+    /// A triple fault.
+    TripleFault,
+    /// It was killed.
+    Killed,
+}
+
+impl Exit {
+    /// The exit code of `omega run`.
+    #[must_use]
+    pub fn code(self) -> u8 {
+        match self {
+            Self::PoweredOff => 0,
+            Self::Rebooted => 10,
+            Self::Panicked => 11,
+            Self::TripleFault => 12,
+            Self::Killed => 13,
+        }
+    }
+}
+
+/// A machine could not be built or could not go on.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// KVM is missing or unfit.
+    #[error("{0}")]
+    Unfit(kvm::Fitness),
+    /// KVM refuses.
+    #[error(transparent)]
+    Kvm(#[from] kvm::Error),
+    /// RAM cannot be had.
+    #[error(transparent)]
+    Memory(#[from] memory::Error),
+    /// RAM does not fit into the guest's address space.
+    #[error("{size} of RAM do not fit into this processor's {bits}-bit guest addresses; lower `memory.size`")]
+    TooMuchMemory {
+        /// How much was asked for.
+        size: crate::units::Bytes,
+        /// How wide addresses are.
+        bits: u8,
+    },
+    /// The kernel cannot be loaded.
+    #[error(transparent)]
+    Kernel(#[from] loader::Error),
+    /// The ACPI tables cannot be written.
+    #[error(transparent)]
+    Acpi(#[from] acpi::TooLarge),
+    /// A disk cannot be had.
+    #[error("Disk {index}: {why}")]
+    Disk {
+        /// Which, from 0.
+        index: usize,
+        /// Why not.
+        why: String,
+    },
+    /// A device cannot be built.
+    #[error("The device {name} cannot be built: {why}")]
+    Device {
+        /// Which.
+        name: String,
+        /// Why not.
+        why: String,
+    },
+    /// A device failed in its life.
+    #[error("The device {name}: {source}")]
+    Lifecycle {
+        /// Which.
+        name: String,
+        /// What failed.
+        source: devices::lifecycle::Error,
+    },
+    /// A thread cannot be started.
+    #[error("A thread cannot be started: {0}")]
+    Thread(std::io::Error),
+    /// vCPUs do not pause.
+    #[error(transparent)]
+    Stuck(#[from] Stuck),
+    /// A vCPU cannot go on.
+    #[error("vCPU {index} cannot go on: {why}")]
+    Cpu {
+        /// Which.
+        index: u8,
+        /// Why not.
+        why: String,
+    },
+}
+
+/// A guest, ready to run.
+pub struct Machine {
+    parts: Arc<parts::Parts>,
+    events: Receiver<Event>,
+    end: Receiver<Result<Exit, Error>>,
+}
+
+impl Machine {
+    /// Builds the machine that `guest` describes: everything that can fail before its first instruction
+    /// fails here.
+    ///
+    /// # Errors
+    /// Each names what is missing and, where there is one, the mend.
+    pub fn new(guest: &config::Guest, options: Options) -> Result<Self, Error> {
+        if !options.allow_unfit_kvm {
+            match kvm::fitness() {
+                kvm::Fitness::Fit => {}
+                unfit => return Err(Error::Unfit(unfit)),
+            }
+        }
+        assembly::assemble(guest, options)
+    }
+
+    /// What controls the machine while it runs, from any thread.
+    #[must_use]
+    pub fn controller(&self) -> Arc<Controller> {
+        Arc::new(Controller::new(Arc::clone(&self.parts)))
+    }
+
+    /// Starts the guest and returns when it has ended.
+    ///
+    /// # Errors
+    /// The guest cannot be started or go on.
+    pub fn run(self) -> Result<Exit, Error> {
+        let Self { parts, events, end } = self;
+        let threads = vcpus::start(&parts)?;
+        let keeper = keeper::start(&parts, events)?;
+        parts.boot()?;
+        // The sender lives in `parts`.
+        let exit = end.recv().unwrap_or(Ok(Exit::Killed));
+        parts.set_state(State::Ending);
+        parts.gang.end();
+        if matches!(exit, Ok(Exit::Killed)) {
+            // A device may be waiting for something that never comes; the process's end frees it all.
+            return exit;
+        }
+        for thread in threads.take() {
+            let _ = thread.join();
+        }
+        drop(keeper);
+        parts.shut_down();
+        exit
+    }
+}

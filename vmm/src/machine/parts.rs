@@ -1,0 +1,169 @@
+//! What a machine consists of, and the steps of its life.
+
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use devices::lifecycle::Lifecycle;
+use devices::platform::Pm;
+
+use super::{Error, Exit};
+use crate::acpi;
+use crate::config;
+use crate::control::State;
+use crate::cpu::{Buses, Event, Gang};
+use crate::kvm::{CpuState, Partition, PartitionState, Vcpu};
+use crate::loader::Kernel;
+use crate::memory::{Layout, Ram};
+
+/// How long vCPUs may take to pause. They leave guest code within microseconds; only a host that is
+/// overloaded or stopped takes longer.
+pub(super) const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A device and what it is called.
+pub(super) struct Device {
+    pub(super) name: String,
+    pub(super) about: Box<dyn Fn() -> String + Send + Sync>,
+    pub(super) life: Arc<dyn Lifecycle>,
+    pub(super) counters: Option<Counters>,
+}
+
+/// Reads a device's counters.
+pub(super) type Counters = Box<dyn Fn() -> Vec<(&'static str, u64)> + Send + Sync>;
+
+/// A machine's parts, shared by its threads.
+pub(super) struct Parts {
+    pub(super) guest: config::Guest,
+    pub(super) layout: Layout,
+    pub(super) vcpus: Vec<Mutex<Vcpu>>,
+    pub(super) exits: Vec<AtomicU64>,
+    pub(super) buses: Buses,
+    pub(super) gang: Gang,
+    pub(super) devices: Vec<Device>,
+    pub(super) pm: Arc<Pm>,
+    pub(super) kernel: Mutex<Kernel>,
+    pub(super) events: Sender<Event>,
+    pub(super) end: Sender<Result<Exit, Error>>,
+    pub(super) started: Instant,
+    pub(super) resets: AtomicU64,
+    /// What a reset goes back to.
+    pub(super) power_on: (Vec<CpuState>, PartitionState),
+    /// Held by whoever starts, pauses, resumes, resets or saves.
+    pub(super) life: Mutex<()>,
+    pub(super) state: AtomicU8,
+    // Last, so that the VM goes before the RAM that it uses.
+    pub(super) partition: Partition,
+    pub(super) ram: Ram,
+}
+
+/// Locks, whatever happened to another holder: these hold handles, whose state is the kernel's.
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+const STATES: [State; 4] = [State::Starting, State::Running, State::Paused, State::Ending];
+
+impl Parts {
+    pub(super) fn state(&self) -> State {
+        STATES[usize::from(self.state.load(Ordering::Acquire))]
+    }
+
+    /// Goes to `state`; nothing leaves [`State::Ending`].
+    pub(super) fn set_state(&self, state: State) {
+        let number = STATES.iter().position(|known| *known == state).unwrap_or_default() as u8;
+        let _ = self.state.fetch_update(Ordering::AcqRel, Ordering::Acquire, |old| {
+            (STATES[usize::from(old)] != State::Ending).then_some(number)
+        });
+    }
+
+    /// Ends the machine; only the first end counts.
+    pub(super) fn finish(&self, exit: Result<Exit, Error>) {
+        self.set_state(State::Ending);
+        let _ = self.end.send(exit);
+    }
+
+    /// Loads the kernel into RAM that is all zeros, and lets it run.
+    pub(super) fn boot(&self) -> Result<(), Error> {
+        let _life = lock(&self.life);
+        self.gang.pause(PATIENCE)?;
+        self.load_and_start()
+    }
+
+    fn load_and_start(&self) -> Result<(), Error> {
+        let memory = self.ram.memory();
+        let count = self.vcpus.len() as u8;
+        let rsdp = acpi::write(memory, &self.layout, count, &self.guest.memory.numa)?;
+        let entry = lock(&self.kernel).load(memory, &self.layout, rsdp)?;
+        for vcpu in &self.vcpus {
+            lock(vcpu).set_up()?;
+        }
+        if let Some(first) = self.vcpus.first() {
+            lock(first).boot(&entry, memory)?;
+        }
+        self.each(|device| device.start())?;
+        self.go()
+    }
+
+    fn go(&self) -> Result<(), Error> {
+        self.set_state(State::Running);
+        if self.state() == State::Running {
+            self.gang.resume();
+        }
+        Ok(())
+    }
+
+    fn each(
+        &self,
+        call: impl Fn(&dyn Lifecycle) -> Result<(), devices::lifecycle::Error>,
+    ) -> Result<(), Error> {
+        for device in &self.devices {
+            call(&*device.life).map_err(|source| Error::Lifecycle { name: device.name.clone(), source })?;
+        }
+        Ok(())
+    }
+
+    /// Stops vCPUs and devices. If a device cannot be drained, the guest runs on.
+    pub(super) fn pause(&self) -> Result<(), Error> {
+        self.gang.pause(PATIENCE)?;
+        let stopped = self.each(|device| device.stop());
+        let settled = stopped.and_then(|()| Ok(self.gang.settle(PATIENCE)?));
+        if settled.is_err() {
+            self.each(|device| device.start())?;
+            self.go()?;
+        } else {
+            self.set_state(State::Paused);
+        }
+        settled
+    }
+
+    /// Lets devices and vCPUs go on after a pause.
+    pub(super) fn resume(&self) -> Result<(), Error> {
+        self.each(|device| device.start())?;
+        self.go()
+    }
+
+    /// Back to power-on: devices, RAM, interrupt controllers and vCPUs; then the kernel begins again.
+    pub(super) fn reset(&self) -> Result<(), Error> {
+        let _life = lock(&self.life);
+        self.gang.pause(PATIENCE)?;
+        self.each(|device| device.reset())?;
+        self.gang.settle(PATIENCE)?;
+        self.ram.clear()?;
+        let (cpus, partition) = &self.power_on;
+        self.partition.restore(partition)?;
+        for (vcpu, state) in self.vcpus.iter().zip(cpus) {
+            lock(vcpu).restore(state)?;
+        }
+        self.resets.fetch_add(1, Ordering::Relaxed);
+        self.load_and_start()
+    }
+
+    /// Drains the devices at the end, so that what the guest wrote is where it belongs.
+    pub(super) fn shut_down(&self) {
+        let _life = lock(&self.life);
+        if let Err(error) = self.each(|device| device.stop()) {
+            tracing::warn!(%error, "A device could not be drained at the end");
+        }
+    }
+}
