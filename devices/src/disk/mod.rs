@@ -2,6 +2,7 @@
 //! that wrap disks.
 
 pub mod file;
+pub mod memory;
 pub mod remote;
 pub mod volume;
 

@@ -16,6 +16,8 @@ mod interrupts;
 mod memory;
 pub mod pci;
 mod queue;
+#[doc(hidden)]
+pub mod testing;
 mod worker;
 
 pub use device::{Activation, ActiveQueue, Returned, VirtioDevice};

@@ -190,3 +190,6 @@ impl VirtioDevice for Blk {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod blk_test;
