@@ -1,1 +1,5 @@
 //! Skeleton.
+/// Skeleton.
+pub fn demo() -> anyhow::Result<()> {
+    Ok(())
+}

@@ -162,6 +162,12 @@ impl Pc {
         let _ = writeln!(lock(&self.log), "{h:02}:{m:02}:{s:02}.{:03} {line}", now.subsec_millis());
     }
 
+    /// A further log file of this PC, to be appended to.
+    pub(crate) fn log_file(&self, name: &str) -> Result<File> {
+        let path = self.lab.logs.join(format!("{}.{name}", self.name));
+        Ok(File::options().create(true).append(true).open(path)?)
+    }
+
     /// QEMU's arguments for the machine itself, the same for every PC with as many cards: what a snapshot
     /// depends on.
     pub(crate) fn machine(&self) -> Result<Vec<String>> {

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::io::{self, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -61,11 +61,14 @@ struct State {
     end: Option<Result<i32, String>>,
 }
 
+type Tee = Box<dyn Write + Send>;
+
 #[derive(Default)]
 struct Shared {
     state: Mutex<State>,
     changed: Condvar,
-    echo: AtomicBool,
+    /// Where its output also goes, as it comes.
+    tee: Mutex<Option<Tee>>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -162,9 +165,10 @@ fn dispatch(commands: &Commands, frame: &Frame) {
         Kind::Hello => state.end = Some(Ok(0)),
         Kind::Exec | Kind::Stdin | Kind::Signal | Kind::Mix => {}
     }
-    if command.echo.load(Ordering::Relaxed) && matches!(frame.kind, Kind::Stdout | Kind::Stderr) {
-        let mut out = io::stdout().lock();
-        let _ = out.write_all(&frame.payload).and_then(|()| out.flush());
+    if matches!(frame.kind, Kind::Stdout | Kind::Stderr)
+        && let Some(tee) = lock(&command.tee).as_mut()
+    {
+        let _ = tee.write_all(&frame.payload).and_then(|()| tee.flush());
     }
     if state.end.is_some() {
         lock(commands).remove(&frame.id);
@@ -181,9 +185,12 @@ pub struct Process {
 }
 
 impl Process {
-    /// From now on its output also appears on the lab's own.
-    pub fn echo(&self, on: bool) {
-        self.shared.echo.store(on, Ordering::Relaxed);
+    /// From now on its output also goes here, as it comes; what it has printed before goes there at once.
+    pub fn tee(&self, mut to: impl Write + Send + 'static) {
+        let state = lock(&self.shared.state);
+        let _ =
+            to.write_all(&state.stdout).and_then(|()| to.write_all(&state.stderr)).and_then(|()| to.flush());
+        *lock(&self.shared.tee) = Some(Box::new(to));
     }
 
     /// Gives it input.
