@@ -116,6 +116,8 @@ pub struct Channel {
     pause: Duration,
     /// Something came since the last tick.
     heard: bool,
+    /// The peer seems dead.
+    doubtful: bool,
     /// What ended the connection since the last tick.
     fault: Option<Fault>,
 }
@@ -158,6 +160,7 @@ impl Channel {
             state: State::Idle(now),
             pause,
             heard: false,
+            doubtful: false,
             fault: None,
         }
     }
@@ -179,8 +182,8 @@ impl Channel {
             _ if token == BELL => self.bell_polled = false,
             State::Connecting { done, .. } if token == self.generation << 1 | 1 => *done = true,
             State::Linked(link) => {
-                if link.completed(token) && self.fault.is_none() {
-                    match link.receive(&mut self.core) {
+                if self.fault.is_none() {
+                    match link.completed(token, completion.result, &mut self.core) {
                         Ok(heard) => self.heard |= heard,
                         Err(fault) => self.fault = Some(fault),
                     }
@@ -202,6 +205,7 @@ impl Channel {
     /// be called next at the latest. Call it before every wait of the ring.
     pub fn tick(&mut self, ring: &mut Ring, now: Instant, events: &mut Vec<Event>) -> Option<Instant> {
         if std::mem::take(&mut self.heard) {
+            self.doubtful = false;
             self.core.heard(now);
         }
         let due = self.clock(now);
@@ -232,20 +236,14 @@ impl Channel {
                 link.let_go(id, receiving);
             }
         };
-        let fault = match self.core.tick(now, expired) {
+        match self.core.tick(now, expired) {
             Ok(due) => return due,
-            Err(fault) => fault,
-        };
-        // Perhaps it was this thread that did not listen.
-        if let State::Linked(link) = &mut self.state {
-            match link.receive(&mut self.core) {
-                Ok(true) => {
-                    self.core.heard(now);
-                    return Some(now);
-                }
-                Ok(false) => self.fault = self.fault.take().or(Some(fault)),
-                Err(worse) => self.fault = self.fault.take().or(Some(worse)),
+            // Perhaps it was this thread that did not listen: it has one more look at the ring.
+            Err(_) if !self.doubtful => {
+                self.doubtful = true;
+                return Some(now);
             }
+            Err(fault) => self.fault = self.fault.take().or(Some(fault)),
         }
         None
     }
@@ -343,6 +341,7 @@ impl Channel {
         match link {
             Ok(mut link) => {
                 self.core.connected(now);
+                self.doubtful = false;
                 self.fault = link.send(&mut self.core).err();
                 self.state = State::Linked(Box::new(link));
             }

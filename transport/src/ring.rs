@@ -80,6 +80,8 @@ pub struct Ring {
     sources: u16,
     /// Registered buffers by index; empty until the first is registered.
     registered: Vec<Option<Buffer>>,
+    /// Memory of operations whose owner is gone.
+    orphans: Vec<(Token, Box<[u8]>)>,
 }
 
 /// Entries of the table of registered buffers.
@@ -108,7 +110,7 @@ impl Ring {
             Err(e) => return Err(e),
         };
         let (backlog, put_back) = (VecDeque::new(), VecDeque::new());
-        Ok(Self { uring, backlog, put_back, sources: OWN.0, registered: Vec::new() })
+        Ok(Self { uring, backlog, put_back, sources: OWN.0, registered: Vec::new(), orphans: Vec::new() })
     }
 
     /// A new source.
@@ -145,6 +147,22 @@ impl Ring {
         let entry = opcode::PollAdd::new(types::Fd(fd), libc::POLLOUT as u32).build();
         // SAFETY: the operation names no memory; a closed descriptor only makes it fail.
         unsafe { self.push(entry, token) };
+    }
+
+    /// Receives from the socket `fd` into the first `len` bytes of `memory`, once.
+    ///
+    /// # Safety
+    /// `memory` must not be freed or touched before the operation completes; see [`adopt`](Self::adopt).
+    pub(crate) unsafe fn receive(&mut self, fd: RawFd, memory: &mut [u8], len: usize, token: Token) {
+        let len = memory.len().min(len) as u32;
+        let entry = opcode::Recv::new(types::Fd(fd), memory.as_mut_ptr(), len).build();
+        // SAFETY: the caller keeps the memory.
+        unsafe { self.push(entry, token) };
+    }
+
+    /// Keeps the memory of the operation under `token` until it completes; its owner does not want to wait.
+    pub(crate) fn adopt(&mut self, token: Token, memory: Box<[u8]>) {
+        self.orphans.push((token, memory));
     }
 
     /// Registers the memory of `buffer` (one segment) for `READ_FIXED` and `WRITE_FIXED`, keeps it alive
@@ -245,6 +263,9 @@ impl Ring {
         loop {
             let entry = self.uring.completion().next()?;
             let token = Token(entry.user_data());
+            if !self.orphans.is_empty() {
+                self.orphans.retain(|(orphan, _)| *orphan != token);
+            }
             if token.source() != OWN {
                 return Some(Completion { token, result: entry.result(), flags: entry.flags() });
             }
@@ -260,6 +281,13 @@ impl Ring {
     #[must_use]
     pub fn submitter(&self) -> io_uring::Submitter<'_> {
         self.uring.submitter()
+    }
+}
+
+impl Drop for Ring {
+    fn drop(&mut self) {
+        // The kernel ends what is in flight some time after the ring is closed, so the memory is given up.
+        self.orphans.drain(..).for_each(|(_, memory)| std::mem::forget(memory));
     }
 }
 

@@ -90,6 +90,8 @@ pub struct Connection {
     bell: Option<Arc<EventFd>>,
     bell_polled: bool,
     heard: bool,
+    /// The peer seems gone.
+    doubtful: bool,
     fault: Option<Fault>,
     /// When a connection that was stopped is closed if the peer does not do it.
     closes_at: Option<Instant>,
@@ -128,7 +130,17 @@ impl Connection {
         let link = TcpLink::new(socket, source, 0);
         let link = link.map_err(|e| fault = Some(e.into())).ok().map(|link| Box::new(link) as Box<dyn Link>);
         let bell = bell.map_err(|e| fault = Some(e.into())).ok();
-        Self { core, link, source, bell, bell_polled: false, heard: false, fault, closes_at: None }
+        Self {
+            core,
+            link,
+            source,
+            bell,
+            bell_polled: false,
+            heard: false,
+            doubtful: false,
+            fault,
+            closes_at: None,
+        }
     }
 
     /// Looks at a completion of the ring. `false`: it is not this connection's.
@@ -141,10 +153,9 @@ impl Connection {
             let _ = self.bell.as_ref().map(|bell| bell.read());
             self.fault = self.fault.take().or(self.core.claim().err());
         } else if let Some(link) = &mut self.link
-            && link.completed(completion.token.payload())
             && self.fault.is_none()
         {
-            match link.receive(&mut self.core) {
+            match link.completed(completion.token.payload(), completion.result, &mut self.core) {
                 Ok(heard) => self.heard |= heard,
                 Err(fault) => self.fault = Some(fault),
             }
@@ -157,6 +168,7 @@ impl Connection {
     /// the latest. Call it before every wait of the ring.
     pub fn tick(&mut self, ring: &mut Ring, now: Instant, events: &mut Vec<Event>) -> Option<Instant> {
         if std::mem::take(&mut self.heard) {
+            self.doubtful = false;
             self.core.heard(now);
         }
         let due = self.clock(now);
@@ -188,18 +200,14 @@ impl Connection {
     }
 
     fn clock(&mut self, now: Instant) -> Option<Instant> {
-        let fault = match self.core.tick(now) {
+        match self.core.tick(now) {
             Ok(due) => return due,
-            Err(fault) => fault,
-        };
-        // Perhaps it was this thread that did not listen.
-        match self.link.as_mut().map(|link| link.receive(&mut self.core)) {
-            Some(Ok(true)) => {
-                self.core.heard(now);
+            // Perhaps it was this thread that did not listen: it has one more look at the ring.
+            Err(_) if !self.doubtful => {
+                self.doubtful = true;
                 return Some(now);
             }
-            Some(Err(worse)) => self.fault = self.fault.take().or(Some(worse)),
-            _ => self.fault = self.fault.take().or(Some(fault)),
+            Err(fault) => self.fault = self.fault.take().or(Some(fault)),
         }
         None
     }

@@ -19,18 +19,15 @@ pub(crate) trait Link: Send {
     /// The connection is broken.
     fn send(&mut self, peer: &mut dyn Peer) -> Result<(), Fault>;
 
-    /// Receives what is there, within a bound. `true`: something was.
-    ///
-    /// # Errors
-    /// The connection is broken, or the other side broke the protocol.
-    fn receive(&mut self, peer: &mut dyn Peer) -> Result<bool, Fault>;
-
     /// Asks `ring` to say when there is more to receive or room to send.
     fn arm(&mut self, ring: &mut Ring);
 
-    /// An operation of this link completed: the low 48 bits of its token. `true`: there may be something to
-    /// receive.
-    fn completed(&mut self, token: u64) -> bool;
+    /// An operation of this link completed, `token` being the low 48 bits of its token; receives what is
+    /// there, within a bound. `true`: something was.
+    ///
+    /// # Errors
+    /// The connection is broken, or the other side broke the protocol.
+    fn completed(&mut self, token: u64, result: i32, peer: &mut dyn Peer) -> Result<bool, Fault>;
 
     /// Whether the network took all that was handed to it.
     fn is_flushed(&self) -> bool;

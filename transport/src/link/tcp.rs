@@ -1,6 +1,7 @@
-//! TCP, driven by an io_uring: the ring waits for readiness together with everything else that its thread
-//! waits for, and whole batches of frames are then moved with one system call each. The kernel so never
-//! holds a pointer to a request's memory: taking a request back needs no waiting.
+//! TCP, driven by an io_uring. The ring receives into the link's own buffer while nothing is there, together
+//! with everything else that its thread waits for; whole batches of frames, and the rest of large payloads,
+//! are then moved with one system call each. The kernel so never holds a pointer to a request's memory
+//! between two calls: taking a request back needs no waiting.
 #![allow(unsafe_code)] // scattered sends and receives, and one socket option, are raw system calls
 
 use std::io;
@@ -40,11 +41,22 @@ pub(crate) struct TcpLink {
     segments: Segments,
     source: Source,
     generation: u64,
-    polls_read: bool,
+    reading: Reading,
     polls_write: bool,
     blocked: Option<Instant>,
     /// The last payload was large: receive little at once, so that the next one is not copied either.
     large: bool,
+}
+
+/// What the ring does for us about incoming bytes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Reading {
+    /// Nothing.
+    No,
+    /// It says when there are some: they go straight to their place.
+    Polls,
+    /// It receives so many at most into the input buffer.
+    Receives(usize),
 }
 
 /// Segments of one system call; empty outside of it.
@@ -88,7 +100,7 @@ impl TcpLink {
             segments: Segments::default(),
             source,
             generation,
-            polls_read: false,
+            reading: Reading::No,
             polls_write: false,
             blocked: None,
             large: false,
@@ -101,6 +113,28 @@ impl TcpLink {
 
     fn token(&self, write: bool) -> u64 {
         self.generation << 1 & ((1 << 48) - 1) | u64::from(write)
+    }
+
+    /// How much to receive behind the payload that is coming in.
+    fn room(&self) -> usize {
+        if self.large { TAIL } else { INPUT }
+    }
+
+    /// Receives what is there, in turns.
+    fn receive(&mut self, peer: &mut dyn Peer) -> Result<bool, Fault> {
+        let mut total = 0;
+        while total < TURN {
+            match self.receive_once(peer)? {
+                None => break,
+                Some((n, drained)) => {
+                    total += n;
+                    if drained {
+                        break;
+                    }
+                }
+            }
+        }
+        Ok(total > 0)
     }
 
     /// Receives into the segments.
@@ -122,7 +156,7 @@ impl TcpLink {
     fn receive_once(&mut self, peer: &mut dyn Peer) -> Result<Option<(usize, bool)>, Fault> {
         let direct = self.decoder.direct().filter(|rest| rest.len() >= DIRECT);
         let straight = direct.as_ref().map_or(0, crate::buffer::Buffer::len);
-        let room = if straight > 0 || self.large { TAIL } else { INPUT };
+        let room = if straight > 0 { TAIL } else { self.room() };
         self.segments.0.clear();
         if let Some(direct) = &direct {
             self.segments.0.extend_from_slice(direct.iovecs());
@@ -178,26 +212,19 @@ impl Link for TcpLink {
         Ok(())
     }
 
-    fn receive(&mut self, peer: &mut dyn Peer) -> Result<bool, Fault> {
-        let mut total = 0;
-        while total < TURN {
-            match self.receive_once(peer)? {
-                None => break,
-                Some((n, drained)) => {
-                    total += n;
-                    if drained {
-                        break;
-                    }
-                }
-            }
-        }
-        Ok(total > 0)
-    }
-
     fn arm(&mut self, ring: &mut Ring) {
-        if !self.polls_read {
-            ring.poll_readable(self.fd(), false, self.source.token(self.token(false)));
-            self.polls_read = true;
+        if self.reading == Reading::No {
+            let token = self.source.token(self.token(false));
+            if self.decoder.direct().is_some_and(|rest| rest.len() >= DIRECT) {
+                ring.poll_readable(self.fd(), false, token);
+                self.reading = Reading::Polls;
+            } else {
+                let (fd, room) = (self.fd(), self.room());
+                // SAFETY: nobody touches `input` before the completion, and it goes to the ring or is leaked
+                // if the link goes first.
+                unsafe { ring.receive(fd, &mut self.input, room, token) };
+                self.reading = Reading::Receives(room);
+            }
         }
         if self.blocked.is_some() && !self.polls_write {
             ring.poll_writable(self.fd(), self.source.token(self.token(true)));
@@ -205,15 +232,33 @@ impl Link for TcpLink {
         }
     }
 
-    fn completed(&mut self, token: u64) -> bool {
-        if token == self.token(false) {
-            self.polls_read = false;
-            return true;
-        }
+    fn completed(&mut self, token: u64, result: i32, peer: &mut dyn Peer) -> Result<bool, Fault> {
         if token == self.token(true) {
             self.polls_write = false;
         }
-        false
+        if token != self.token(false) {
+            return Ok(false);
+        }
+        match std::mem::replace(&mut self.reading, Reading::No) {
+            Reading::No => Ok(false),
+            Reading::Polls => self.receive(peer),
+            Reading::Receives(room) => {
+                let received = match usize::try_from(result) {
+                    Ok(0) => return Err(Fault::Closed),
+                    Ok(n) => n.min(room),
+                    Err(_) if matches!(-result, libc::EAGAIN | libc::EINTR | libc::ECANCELED) => {
+                        return Ok(false);
+                    }
+                    Err(_) => return Err(io::Error::from_raw_os_error(-result).into()),
+                };
+                self.decoder.feed(&self.input[..received], peer)?;
+                self.large = self.decoder.payload_len() >= 2 * DIRECT;
+                if received == room || self.decoder.direct().is_some_and(|rest| rest.len() >= DIRECT) {
+                    self.receive(peer)?;
+                }
+                Ok(true)
+            }
+        }
     }
 
     fn is_flushed(&self) -> bool {
@@ -242,9 +287,16 @@ impl Link for TcpLink {
 
     fn close(&mut self, ring: &mut Ring) {
         let _ = self.socket.shutdown(Shutdown::Both);
-        for (polls, write) in [(self.polls_read, false), (self.polls_write, true)] {
-            if polls {
-                ring.cancel(self.source.token(self.token(write)));
+        if self.polls_write {
+            ring.cancel(self.source.token(self.token(true)));
+        }
+        let token = self.source.token(self.token(false));
+        match std::mem::replace(&mut self.reading, Reading::No) {
+            Reading::No => {}
+            Reading::Polls => ring.cancel(token),
+            Reading::Receives(_) => {
+                ring.cancel(token);
+                ring.adopt(token, std::mem::take(&mut self.input));
             }
         }
     }
@@ -252,6 +304,10 @@ impl Link for TcpLink {
 
 impl Drop for TcpLink {
     fn drop(&mut self) {
+        if matches!(self.reading, Reading::Receives(_)) {
+            // Dropped without `close`: the kernel may still write there for a moment.
+            std::mem::forget(std::mem::take(&mut self.input));
+        }
         let _ = self.socket.shutdown(Shutdown::Both);
     }
 }
