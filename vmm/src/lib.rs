@@ -1,6 +1,7 @@
 //! Omega's virtual machine monitor: the machine, its memory, vCPUs, boot and configuration.
 
 pub mod acpi;
+pub mod check;
 pub mod cli;
 pub mod config;
 pub mod console;

@@ -94,12 +94,18 @@ fn obey(command: Command) -> Result<(), Failure> {
         Command::Pause(args) => guests::pause(&args),
         Command::Resume(args) => guests::resume(&args),
         Command::Status(args) => guests::status(&args),
-        Command::Check(_) => Err(Failure::failed("not yet".into())),
+        Command::Check(args) => check(&args),
         Command::Validate(args) => validate::validate(&args),
         Command::Schema => show(&schema()),
         Command::Completions(args) => generate::completions(args.shell).map_err(Failure::from),
         Command::Man(args) => generate::man(&args.folder).map_err(Failure::from),
     }
+}
+
+fn check(args: &args::Output) -> Result<(), Failure> {
+    let report = crate::check::report();
+    show(&if args.json { format!("{}\n", json(&report)?) } else { report.to_string() })?;
+    if report.guests_can_run { Ok(()) } else { Err(Failure::silent(1)) }
 }
 
 /// Prints what was asked for. A reader that went away, as `head` does, is no failure.

@@ -19,7 +19,7 @@ pub use doorbell::Doorbells;
 pub use fitness::{Fitness, fitness};
 pub use interrupt::Interrupts;
 pub use kick::{KICK_SIGNAL, install_kick_handler};
-pub use partition::Partition;
+pub use partition::{Partition, missing_capabilities};
 pub use state::{CpuState, PartitionState};
 pub use vcpu::Vcpu;
 

@@ -127,6 +127,15 @@ pub(super) fn open() -> Result<Kvm, Error> {
     Kvm::new().map_err(|error| Error::Open { source: io::Error::from_raw_os_error(error.errno()) })
 }
 
+/// The capabilities that Omega needs and this KVM lacks.
+///
+/// # Errors
+/// [`Error::Open`].
+pub fn missing_capabilities() -> Result<Vec<&'static str>, Error> {
+    let kvm = open()?;
+    Ok(NEEDED.iter().filter(|(cap, _)| !kvm.check_extension(*cap)).map(|(_, name)| *name).collect())
+}
+
 /// Maps guest memory; `memory` must live as long as the VM.
 pub(super) fn map(vm: &VmFd, memory: &GuestMemory) -> Result<(), Error> {
     for (slot, region) in memory.iter().enumerate() {
