@@ -1,8 +1,9 @@
 //! The suites.
 
 pub mod floor;
+pub mod transport;
 
 use crate::bench::Suite;
 
 /// All of them, in the order in which they run.
-pub const ALL: &[Suite] = &[floor::SUITE];
+pub const ALL: &[Suite] = &[floor::SUITE, transport::SUITE];
