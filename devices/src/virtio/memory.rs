@@ -5,12 +5,16 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
 
+use nix::fcntl::{FallocateFlags, fallocate};
 use smallvec::SmallVec;
 use transport::buffer::Buffer;
-use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::Segment;
 use crate::GuestMemory;
+
+/// The page of the balloon's and this PC's: 4 KiB.
+pub(crate) const PAGE: u64 = 4096;
 
 /// A buffer over guest memory, without a copy; `None` if a segment is not all RAM.
 pub(crate) fn buffer(memory: &Arc<GuestMemory>, segments: &[Segment]) -> Option<Buffer> {
@@ -21,7 +25,7 @@ pub(crate) fn buffer(memory: &Arc<GuestMemory>, segments: &[Segment]) -> Option<
             // A segment may lie across regions that follow each other.
             let (region, at) = memory.to_region_addr(address)?;
             let here = left.min(region.len().checked_sub(at.0)?);
-            let base = region.get_host_address(MemoryRegionAddress(at.0)).ok()?;
+            let base = region.get_host_address(at).ok()?;
             iovecs.push(libc::iovec { iov_base: base.cast(), iov_len: here as usize });
             left -= here;
             address.0 = address.0.checked_add(here)?;
@@ -29,6 +33,29 @@ pub(crate) fn buffer(memory: &Arc<GuestMemory>, segments: &[Segment]) -> Option<
     }
     // SAFETY: each range lies inside a mapped, writable region of `memory`, which the buffer keeps.
     Some(unsafe { Buffer::from_iovecs(memory.clone(), &iovecs) })
+}
+
+/// Gives the pages of `[address, address + len)` back to this PC: they read as zeros afterwards. A hole is
+/// punched into memory that has a file (a memfd), which frees it in every mapping; anonymous memory is
+/// dropped. Both ends must be page-aligned and in one region, otherwise nothing happens. Returns how many
+/// bytes were given back.
+pub(crate) fn release(memory: &GuestMemory, address: GuestAddress, len: u64) -> io::Result<u64> {
+    let Some((region, at)) = memory.to_region_addr(address) else { return Ok(0) };
+    let aligned = address.0.is_multiple_of(PAGE) && len.is_multiple_of(PAGE);
+    if len == 0 || !aligned || len > region.len() - at.0 {
+        return Ok(0);
+    }
+    if let Some(file) = region.file_offset() {
+        let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        let offset = file.start() + at.0;
+        fallocate(file.file(), flags, offset as libc::off_t, len as libc::off_t)?;
+        return Ok(len);
+    }
+    let base = region.get_host_address(at).map_err(io::Error::other)?;
+    // SAFETY: the range lies inside the region's mapping. Its memory is only ever read and written as
+    // bytes that the guest may change at any time, so bytes that turn to zero break nothing.
+    let result = unsafe { libc::madvise(base.cast(), len as usize, libc::MADV_DONTNEED) };
+    if result == 0 { Ok(len) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Reads from `fd` into `buffer`.

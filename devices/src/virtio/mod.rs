@@ -10,12 +10,15 @@
 //! A vCPU thread only ever touches registers, under a short lock; everything that can take time happens
 //! on the device's worker.
 
+pub mod balloon;
 pub mod blk;
+pub mod console;
 mod device;
 mod interrupts;
 mod memory;
 pub mod pci;
 mod queue;
+pub mod rng;
 #[doc(hidden)]
 pub mod testing;
 mod worker;

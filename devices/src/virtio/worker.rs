@@ -100,17 +100,42 @@ enum Order<B> {
     Quit,
 }
 
-/// A handle on the thread. Dropping it ends the thread and waits for it.
-pub(crate) struct Worker<B> {
+/// Sends orders to a worker from any thread.
+pub(crate) struct Caller<B> {
     orders: Sender<Order<B>>,
     event: Arc<EventFd>,
-    thread: Option<JoinHandle<()>>,
+}
+
+impl<B: Backend> Caller<B> {
+    fn order(&self, order: Order<B>) {
+        // A worker that has ended has no queues and nobody to answer.
+        if self.orders.send(order).is_ok() {
+            let _ = self.event.write(1);
+        }
+    }
+
+    /// Runs `call` on the worker's thread.
+    pub(crate) fn call(&self, call: impl FnOnce(&mut B, Option<&mut Queues>) + Send + 'static) {
+        self.order(Order::Call(Box::new(call)));
+    }
+}
+
+/// A back end and, once started, its thread. Dropping it ends the thread and waits for it.
+pub(crate) struct Worker<B: Backend> {
+    backend: Option<B>,
+    running: Option<(Arc<Caller<B>>, JoinHandle<()>)>,
 }
 
 impl<B: Backend> Worker<B> {
+    /// A worker that is not started.
+    pub(crate) fn new(backend: B) -> Self {
+        Self { backend: Some(backend), running: None }
+    }
+
     /// Starts a thread for the device `kind` and waits until the back end is attached to its ring, which
-    /// takes `entries` operations at once.
-    pub(crate) fn start(role: Role, kind: &'static str, entries: u32, mut backend: B) -> io::Result<Self> {
+    /// takes `entries` operations at once. Later calls do nothing.
+    pub(crate) fn start(&mut self, role: Role, kind: &'static str, entries: u32) -> io::Result<()> {
+        let Some(mut backend) = self.backend.take() else { return Ok(()) };
         let event = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
         let (orders, received) = channel();
         let (attached, result) = channel();
@@ -133,39 +158,35 @@ impl<B: Backend> Worker<B> {
             let _ = attached.send(Ok(()));
             Loop::new(kind, ring, backend, received, wake).run();
         };
-        let thread = Some(thread::Builder::new().name(kind.to_owned()).spawn(body)?);
+        let thread = thread::Builder::new().name(kind.to_owned()).spawn(body)?;
         result.recv().map_err(|_| io::Error::other("the worker ended while it started"))??;
-        Ok(Self { orders, event, thread })
+        self.running = Some((Arc::new(Caller { orders, event }), thread));
+        Ok(())
     }
 
-    fn order(&self, order: Order<B>) {
-        // A worker whose ring failed is gone; its device has asked for a reset already.
-        if self.orders.send(order).is_ok() {
-            let _ = self.event.write(1);
-        }
+    /// How to reach the thread; `None` before it is started.
+    pub(crate) fn caller(&self) -> Option<&Arc<Caller<B>>> {
+        self.running.as_ref().map(|(caller, _)| caller)
     }
 
-    pub(crate) fn activate(&self, activation: Activation) {
-        self.order(Order::Activate(Box::new(activation)));
+    pub(crate) fn activate(&self, activation: Activation) -> io::Result<()> {
+        let caller = self.caller().ok_or_else(|| io::Error::other("the device was not started"))?;
+        caller.order(Order::Activate(Box::new(activation)));
+        Ok(())
     }
 
     pub(crate) fn deactivate(&self, patience: Duration, returned: Returned) {
-        self.order(Order::Deactivate(patience, returned));
-    }
-
-    /// Runs `call` on the worker's thread.
-    pub(crate) fn call(&self, call: impl FnOnce(&mut B, Option<&mut Queues>) + Send + 'static) {
-        self.order(Order::Call(Box::new(call)));
+        if let Some(caller) = self.caller() {
+            caller.order(Order::Deactivate(patience, returned));
+        }
     }
 }
 
-impl<B> Drop for Worker<B> {
+impl<B: Backend> Drop for Worker<B> {
     fn drop(&mut self) {
-        let _ = self.orders.send(Order::Quit);
-        let _ = self.event.write(1);
-        if let Some(thread) = self.thread.take()
-            && thread.thread().id() != thread::current().id()
-        {
+        let Some((caller, thread)) = self.running.take() else { return };
+        caller.order(Order::Quit);
+        if thread.thread().id() != thread::current().id() {
             let _ = thread.join();
         }
     }

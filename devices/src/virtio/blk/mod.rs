@@ -69,9 +69,7 @@ pub struct Blk {
     queues: u16,
     config: [u8; 60],
     counters: Arc<Counters>,
-    /// Until the worker has it.
-    backend: Option<BlkBackend>,
-    worker: Option<Worker<BlkBackend>>,
+    worker: Worker<BlkBackend>,
 }
 
 impl Blk {
@@ -84,9 +82,9 @@ impl Blk {
         let len = options.serial.len().min(ID_LEN);
         id[..len].copy_from_slice(&options.serial.as_bytes()[..len]);
         let counters = Arc::new(Counters::default());
-        let backend = Some(BlkBackend::new(disk, id, counters.clone()));
+        let worker = Worker::new(BlkBackend::new(disk, id, counters.clone()));
         let config = configuration(&geometry, queues);
-        Self { geometry, queues, config, counters, backend, worker: None }
+        Self { geometry, queues, config, counters, worker }
     }
 
     /// What the guest did with the disk, counted as it happens.
@@ -159,22 +157,15 @@ impl VirtioDevice for Blk {
     }
 
     fn start(&mut self, _interrupts: &Arc<Interrupts>) -> io::Result<()> {
-        if let Some(backend) = self.backend.take() {
-            self.worker = Some(Worker::start(Role::Disk, self.kind(), RING_ENTRIES, backend)?);
-        }
-        Ok(())
+        self.worker.start(Role::Disk, self.kind(), RING_ENTRIES)
     }
 
     fn activate(&mut self, activation: Activation) -> io::Result<()> {
-        let worker = self.worker.as_ref().ok_or_else(|| io::Error::other("the disk could not be started"))?;
-        worker.activate(activation);
-        Ok(())
+        self.worker.activate(activation)
     }
 
     fn deactivate(&mut self, patience: Duration, returned: Returned) {
-        if let Some(worker) = &self.worker {
-            worker.deactivate(patience, returned);
-        }
+        self.worker.deactivate(patience, returned);
     }
 
     fn save(&self) -> Value {
