@@ -5,6 +5,7 @@ mod attach;
 mod generate;
 mod guests;
 mod log;
+mod run;
 pub mod runtime;
 mod signals;
 mod validate;
@@ -87,7 +88,7 @@ pub fn main() -> ExitCode {
 
 fn obey(command: Command) -> Result<(), Failure> {
     match command {
-        Command::Run(_) => Err(Failure::failed("not yet".into())),
+        Command::Run(args) => run::run(&args),
         Command::Ps(args) => guests::ps(&args),
         Command::Console(args) => attach::console(&args),
         Command::Stop(args) => guests::stop(&args),

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::units::{Bytes, Span};
 
 pub use toml_file::{Mistake, Mistakes};
-pub use validate::{LONGEST_CMDLINE, LONGEST_SERIAL, MOST_DEVICES, name_mistake, parse_mac};
+pub use validate::{LONGEST_CMDLINE, LONGEST_SERIAL, MOST_CPUS, MOST_DEVICES, name_mistake, parse_mac};
 
 /// A guest: everything in `guest.toml`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -81,6 +81,14 @@ impl Guest {
     /// All mistakes at once, each with its line, column and key.
     pub fn parse(path: &Path, text: &str) -> Result<Self, Mistakes> {
         toml_file::parse(path, text, validate::check).map(|guest: Self| guest.rooted(path))
+    }
+
+    /// Checks a guest that was changed after it was read; `from` says by what, in messages.
+    ///
+    /// # Errors
+    /// All mistakes at once, each with its key.
+    pub fn check(&self, from: &str) -> Result<(), Mistakes> {
+        toml_file::validate(Path::new(from), |checker| validate::check(self, checker))
     }
 
     fn rooted(mut self, config: &Path) -> Self {

@@ -115,14 +115,15 @@ impl std::error::Error for Mistakes {}
 pub struct Checker<'a> {
     file: &'a Path,
     text: &'a str,
-    tree: &'a Spanned<DeTable<'a>>,
+    /// None of a value that was not read from a text.
+    tree: Option<&'a Spanned<DeTable<'a>>>,
     found: Vec<(usize, Mistake)>,
 }
 
 impl Checker<'_> {
     /// Notes that `key`'s value is wrong. `what` says why and what would be right.
     pub fn wrong(&mut self, key: &KeyPath, what: impl fmt::Display) {
-        let offset = locate(self.tree, key);
+        let offset = self.tree.map_or(0, |tree| locate(tree, key));
         self.note(offset, key, &what);
     }
 
@@ -130,7 +131,7 @@ impl Checker<'_> {
     pub(super) fn note(&mut self, offset: usize, key: &KeyPath, what: &dyn fmt::Display) {
         let mistake = Mistake {
             file: self.file.to_owned(),
-            position: Some(position(self.text, offset)),
+            position: self.tree.map(|_| position(self.text, offset)),
             key: key.to_string(),
             what: what.to_string(),
         };
@@ -171,7 +172,7 @@ pub fn parse<T: DeserializeOwned + JsonSchema>(
     validate: impl FnOnce(&T, &mut Checker<'_>),
 ) -> Result<T, Mistakes> {
     let (tree, syntax) = DeTable::parse_recoverable(text);
-    let mut checker = Checker { file: path, text, tree: &tree, found: Vec::new() };
+    let mut checker = Checker { file: path, text, tree: Some(&tree), found: Vec::new() };
     for error in &syntax {
         checker.note(error.span().map_or(0, |span| span.start), &KeyPath::root(), &error.message());
     }
@@ -193,6 +194,16 @@ pub fn parse<T: DeserializeOwned + JsonSchema>(
             Err(checker.finish())
         }
     }
+}
+
+/// Has `validate` look at a value that was put together elsewhere; `from` says where, in messages.
+///
+/// # Errors
+/// All mistakes at once.
+pub fn validate(from: &Path, validate: impl FnOnce(&mut Checker<'_>)) -> Result<(), Mistakes> {
+    let mut checker = Checker { file: from, text: "", tree: None, found: Vec::new() };
+    validate(&mut checker);
+    if checker.found.is_empty() { Ok(()) } else { Err(checker.finish()) }
 }
 
 /// `path` as seen from the folder of the file `config`: relative paths in a configuration are relative to

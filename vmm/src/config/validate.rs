@@ -9,6 +9,8 @@ use super::{Disk, Guest, Memory, Net, RemoteDisk, Serial};
 
 /// The longest kernel command line: x86's `COMMAND_LINE_SIZE` with its final NUL.
 pub const LONGEST_CMDLINE: usize = 2047;
+/// The most vCPUs of a guest.
+pub const MOST_CPUS: u8 = 64;
 /// The longest serial number of a disk (virtio 1.2, 5.2.6.1: `VIRTIO_BLK_ID_BYTES`).
 pub const LONGEST_SERIAL: usize = 20;
 /// The longest name of a network interface: Linux's `IFNAMSIZ` with its final NUL.
@@ -27,6 +29,10 @@ pub(super) fn check(guest: &Guest, checker: &mut Checker<'_>) {
     let root = KeyPath::root();
     if let Some(why) = name_mistake(&guest.name) {
         checker.wrong(&root.key("name"), why);
+    }
+    if !(1..=MOST_CPUS).contains(&guest.cpu.count) {
+        let count = guest.cpu.count;
+        checker.wrong(&root.key("cpu").key("count"), format!("must be from 1 to {MOST_CPUS}, not {count}"));
     }
     kernel(guest, checker);
     memory(&guest.memory, guest.cpu.count, checker);

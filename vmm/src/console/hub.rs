@@ -55,6 +55,9 @@ pub(super) struct Shared {
     size: Mutex<Option<(u16, u16)>>,
     pub(super) wake: Event,
     pub(super) finish: AtomicBool,
+    /// Whether the terminal is this console's: before that its keys are signals to the process.
+    pub(super) live: AtomicBool,
+    raw: Mutex<Option<terminal::Raw>>,
     /// Whether the hub's thread ended.
     finished: (Mutex<bool>, Condvar),
 }
@@ -86,11 +89,10 @@ pub struct Hub {
 }
 
 impl Hub {
-    /// Sets the console up as `serial` says, and starts its thread. With [`Serial::Terminal`] the process's
-    /// terminal becomes raw until [`Hub::finish`].
+    /// Sets the console up as `serial` says, and starts its thread.
     ///
     /// # Errors
-    /// The socket or file cannot be made, the terminal cannot be made raw, or no thread is left.
+    /// The socket or file cannot be made, or no thread is left.
     pub fn open(serial: &Serial, options: Options) -> Result<Self, Error> {
         let on = !matches!(serial, Serial::Off);
         let shared = Arc::new(Shared {
@@ -102,6 +104,8 @@ impl Hub {
             size: Mutex::default(),
             wake: Event(Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?)),
             finish: AtomicBool::new(false),
+            live: AtomicBool::new(false),
+            raw: Mutex::default(),
             finished: (Mutex::new(!on), Condvar::new()),
         });
         let hub = Self { shared: Arc::clone(&shared) };
@@ -126,13 +130,30 @@ impl Hub {
         let terminal = match serial {
             Serial::Terminal => {
                 hub.window_changed();
-                Some(Terminal::open(command)?)
+                Some(Terminal::open(command))
             }
             _ => None,
         };
         let pump = Pump::new(shared, listener, file, terminal);
         spawn(Role::Console, "console", || pump.run())?;
         Ok(hub)
+    }
+
+    /// With [`Serial::Terminal`]: from now on keys go to the guest, and the terminal is raw until
+    /// [`Hub::finish`]. `true` when a person is there. Before this Ctrl-C still ends the process.
+    ///
+    /// # Errors
+    /// The terminal cannot be made raw.
+    pub fn take_terminal(&self, serial: &Serial) -> io::Result<bool> {
+        if !matches!(serial, Serial::Terminal) {
+            return Ok(false);
+        }
+        let raw = terminal::Raw::enter()?;
+        let person = raw.is_some();
+        *lock(&self.shared.raw) = raw;
+        self.shared.live.store(true, Ordering::SeqCst);
+        self.shared.wake();
+        Ok(person)
     }
 
     /// Where the guest's output goes. Writing never blocks and never fails; what nobody takes in time is
@@ -194,7 +215,7 @@ impl Hub {
         let (ended, changed) = &self.shared.finished;
         let waited = changed.wait_timeout_while(lock(ended), 2 * LAST_WORDS, |ended| !*ended);
         drop(waited);
-        terminal::restore();
+        drop(lock(&self.shared.raw).take());
     }
 }
 

@@ -34,8 +34,8 @@ const PIECE: usize = 4096;
 
 /// The process's own terminal, or whatever standard input and output are.
 pub(super) struct Terminal {
-    /// Raw until this is dropped; none when standard input is no terminal.
-    raw: Option<terminal::Raw>,
+    /// Whether a person types, and may type the escape key.
+    person: bool,
     /// Standard output, opened again so that it does not block; none where that cannot be.
     out: Option<File>,
     sink: Sink,
@@ -46,22 +46,21 @@ pub(super) struct Terminal {
 }
 
 impl Terminal {
-    pub(super) fn open(command: Option<Box<dyn Fn(Command) + Send + Sync>>) -> io::Result<Self> {
+    pub(super) fn open(command: Option<Box<dyn Fn(Command) + Send + Sync>>) -> Self {
         let mut out = None;
         if io::stdout().is_terminal() {
             // The description behind descriptor 1 is shared with the shell: it must stay blocking.
             let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
             out = OpenOptions::new().write(true).custom_flags(flags).open("/proc/self/fd/1").ok();
         }
-        let raw = terminal::Raw::enter()?;
-        let escape = Escape::default();
-        Ok(Self { raw, out, sink: Sink::default(), escape, command, readable: true, writable: true })
+        let (person, escape) = (io::stdin().is_terminal(), Escape::default());
+        Self { person, out, sink: Sink::default(), escape, command, readable: true, writable: true }
     }
 
     /// Where keys come from, when they are this process's to read.
     fn source(&self) -> Option<BorrowedFd<'static>> {
         // A terminal stops whoever reads it from the background.
-        let ours = self.readable && (self.raw.is_none() || terminal::is_raw());
+        let ours = self.readable && (!self.person || terminal::is_raw());
         ours.then(borrow_stdin)
     }
 
@@ -69,7 +68,7 @@ impl Terminal {
         let mut keys = [0; 1024];
         match nix::unistd::read(borrow_stdin(), &mut keys) {
             Ok(0) => self.readable = false,
-            Ok(taken) if self.raw.is_some() => {
+            Ok(taken) if self.person => {
                 let mut typed = Vec::new();
                 for command in self.escape.feed(&keys[..taken], &mut typed) {
                     self.obey(command);
@@ -290,6 +289,7 @@ impl Pump {
     /// Waits until something is ready, and says what.
     fn poll(&self, finishing: bool) -> Vec<Who> {
         let hungry = self.input.len() < PENDING_INPUT;
+        let live = self.shared.live.load(Ordering::SeqCst);
         let room = lock(&self.shared.room).clone();
         let mut set = vec![(Who::Wake, PollFd::new(self.shared.wake.as_fd(), PollFlags::POLLIN))];
         if let Some(room) = &room {
@@ -299,7 +299,7 @@ impl Pump {
             set.push((Who::Listener, PollFd::new(listener.as_fd(), PollFlags::POLLIN)));
         }
         if let Some(terminal) = &self.terminal {
-            if let Some(source) = terminal.source().filter(|_| hungry) {
+            if let Some(source) = terminal.source().filter(|_| hungry && live) {
                 set.push((Who::Stdin, PollFd::new(source, PollFlags::POLLIN)));
             }
             if terminal.writable && !terminal.sink.is_empty() {
