@@ -1,3 +1,7 @@
-//! Skeleton.
+//! The `omega-agent` program.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    agent::cli::main()
+}

@@ -1,6 +1,8 @@
 //! Disks: what a virtio-blk device stands on. Caching, mirroring, delay and fault injection are disks
 //! that wrap disks.
 
+pub mod delay;
+pub mod fault;
 pub mod file;
 pub mod memory;
 pub mod remote;

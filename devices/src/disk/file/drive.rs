@@ -153,10 +153,11 @@ fn transfer(image: &Image, flight: &mut Flight) -> squeue::Entry {
     if let [only] = buffer.iovecs() {
         let base = only.iov_base.cast::<u8>().wrapping_add(*done as usize);
         let len = u32::try_from(only.iov_len - *done as usize).unwrap_or(1 << 30);
-        return if read {
-            opcode::Read::new(fd, base, len).offset(offset).build()
-        } else {
-            opcode::Write::new(fd, base, len).offset(offset).build()
+        return match (read, buffer.registered()) {
+            (true, Some(index)) => opcode::ReadFixed::new(fd, base, len, index).offset(offset).build(),
+            (true, None) => opcode::Read::new(fd, base, len).offset(offset).build(),
+            (false, Some(index)) => opcode::WriteFixed::new(fd, base, len, index).offset(offset).build(),
+            (false, None) => opcode::Write::new(fd, base, len).offset(offset).build(),
         };
     }
     let left = buffer.slice(*done as usize, buffer.len() - *done as usize).unwrap_or_default();

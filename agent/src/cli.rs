@@ -1,0 +1,186 @@
+//! The command line of `omega-agent`.
+
+use std::io::{self, IsTerminal, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{CommandFactory, Parser, Subcommand};
+use devices::disk::volume::{Volume, opcode};
+use tracing_subscriber::EnvFilter;
+use transport::blocking::Client;
+use transport::wire::{Class, MAX_PAYLOAD, Status};
+
+use crate::config::{Config, DEFAULT_PATH};
+use crate::{Error, inventory, serve, volume};
+
+/// Lends this PC's disks to Omega guests on other PCs.
+#[derive(Debug, Parser)]
+#[command(name = "omega-agent", version)]
+pub struct Cli {
+    /// The configuration.
+    #[arg(long, short, global = true, value_name = "FILE", env = "OMEGA_AGENT_CONFIG", default_value = DEFAULT_PATH)]
+    config: PathBuf,
+    /// What to say in the log: error, warn, info, debug or trace.
+    #[arg(long, global = true, value_name = "LEVEL", env = "OMEGA_LOG", default_value = "info")]
+    log: String,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Serve volumes until told to stop. This is what happens without a command.
+    Serve,
+    /// Check the configuration and that each volume can be served; change nothing.
+    Validate,
+    /// List the running agent's volumes and who holds them.
+    Volumes {
+        /// As JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Say what this PC has.
+    Inventory {
+        /// As JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Print the completions for a shell.
+    Completions {
+        /// Which shell.
+        shell: clap_complete::Shell,
+    },
+    /// Print the manual page.
+    Man,
+}
+
+/// Runs the program. Exit code 0: done; 1: failed, with one line that says why; 2: a mistake in the command
+/// line or the configuration.
+#[must_use]
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let code = match run(&cli) {
+        Ok(()) => return ExitCode::SUCCESS,
+        Err(Error::Config(mistakes)) => {
+            eprintln!("{mistakes}");
+            return ExitCode::from(2);
+        }
+        Err(e) => {
+            eprintln!("omega-agent: {e}");
+            1
+        }
+    };
+    ExitCode::from(code)
+}
+
+fn run(cli: &Cli) -> Result<(), Error> {
+    match cli.command.as_ref().unwrap_or(&Command::Serve) {
+        Command::Serve => {
+            let config = Config::load(&cli.config)?;
+            log(&cli.log);
+            serve::run(&config)
+        }
+        Command::Validate => validate(&Config::load(&cli.config)?),
+        Command::Volumes { json } => volumes(&Config::load(&cli.config)?, *json),
+        Command::Inventory { json } => {
+            let inventory = inventory::take();
+            let text = if *json {
+                serde_json::to_string_pretty(&inventory).map_err(|e| Error::Answer(e.to_string()))?
+            } else {
+                inventory.describe()
+            };
+            print(&text)
+        }
+        Command::Completions { shell } => {
+            let mut out = Vec::new();
+            clap_complete::generate(*shell, &mut Cli::command(), "omega-agent", &mut out);
+            write(&out)
+        }
+        Command::Man => {
+            let mut out = Vec::new();
+            let page = clap_mangen::Man::new(Cli::command());
+            page.render(&mut out).map_err(|source| Error::System { what: "Cannot make the page", source })?;
+            write(&out)
+        }
+    }
+}
+
+/// Logs to standard error; under systemd without times, which the journal has.
+fn log(level: &str) {
+    let filter = EnvFilter::try_new(level).unwrap_or_else(|_| EnvFilter::new("info"));
+    let to = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_target(false);
+    if std::env::var_os("JOURNAL_STREAM").is_some() {
+        to.without_time().with_ansi(false).init();
+    } else {
+        to.with_ansi(io::stderr().is_terminal()).init();
+    }
+}
+
+fn write(bytes: &[u8]) -> Result<(), Error> {
+    match io::stdout().write_all(bytes) {
+        // Whoever reads has seen enough.
+        Err(e) if e.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        other => other.map_err(|source| Error::System { what: "Cannot write to standard output", source }),
+    }
+}
+
+fn print(text: &str) -> Result<(), Error> {
+    write(format!("{text}\n").as_bytes())
+}
+
+fn validate(config: &Config) -> Result<(), Error> {
+    let mut problems = Vec::new();
+    for volume in &config.volume {
+        if volume.create.is_some() && !volume.path.exists() {
+            continue;
+        }
+        if let Err(e) = volume::open(volume) {
+            problems.push(format!("volume {}: {e}", volume.name));
+        }
+    }
+    if problems.is_empty() {
+        return print(&format!("valid: {} volumes, listening on {}", config.volume.len(), config.listen));
+    }
+    Err(Error::Answer(problems.join("\nomega-agent: ")))
+}
+
+fn volumes(config: &Config, json: bool) -> Result<(), Error> {
+    let mut address = config.address();
+    if address.ip().is_unspecified() {
+        address.set_ip(if address.is_ipv4() {
+            [127, 0, 0, 1].into()
+        } else {
+            [0, 0, 0, 0, 0, 0, 0, 1].into()
+        });
+    }
+    let mut client = Client::new(&address.to_string(), "omega-agent volumes")?;
+    let timeout = Duration::from_secs(3);
+    let reply = client.call(Class::Control, opcode::VOLUMES, &[], Vec::new(), MAX_PAYLOAD, timeout)?;
+    if reply.status != Status::OK {
+        return Err(Error::Answer(format!("status {}", reply.status.0)));
+    }
+    let list: Vec<Volume> =
+        serde_json::from_slice(&reply.payload).map_err(|e| Error::Answer(e.to_string()))?;
+    if json {
+        return print(&serde_json::to_string_pretty(&list).map_err(|e| Error::Answer(e.to_string()))?);
+    }
+    let mut lines = vec![format!("{:<20} {:>15}  {:<10} {}", "VOLUME", "BYTES", "ACCESS", "HOLDER")];
+    for v in list {
+        let size = v.size.map_or_else(|| "-".to_owned(), |s| s.to_string());
+        let access = if v.read_only { "read-only" } else { "writable" };
+        let holder = v.problem.or(v.holder).unwrap_or_else(|| "-".to_owned());
+        lines.push(format!("{:<20} {size:>15}  {access:<10} {holder}", v.name));
+    }
+    print(&lines.join("\n"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,420 @@
+//! One connection of a peer: its requests become I/O on the same ring, and answers go out as they finish.
+
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use devices::disk::file::FileDisk;
+use devices::disk::volume::{Access, Acquire, Acquired, Lease, Open, Opened, Refusal, opcode, status};
+use devices::disk::{self, Disk, Done, Operation};
+use slab::Slab;
+use transport::buffer::Buffer;
+use transport::ring::{Completion, Ring, Token};
+use transport::server::{Connection, Event, Request};
+use transport::wire::{MAX_PAYLOAD, Status};
+
+use crate::lease::Refused;
+use crate::serve::{Agent, Handle};
+use crate::volume::{Grant, lock};
+
+/// A connection comes round at least so often, so that the watchdog sees it alive.
+const ROUND: Duration = Duration::from_secs(2);
+/// How often a volume is looked at that another session still has requests in flight on.
+const DRAIN: Duration = Duration::from_millis(2);
+const ENTRIES: u32 = 256;
+
+/// A volume that this connection's session was granted.
+struct Bound {
+    volume: usize,
+    grant: Arc<Grant>,
+    used: bool,
+}
+
+/// A request that the ring carries out.
+struct Job {
+    id: u64,
+    bound: Arc<Grant>,
+    volume: usize,
+    read: bool,
+}
+
+/// An `open` that is answered when what others left in flight is done.
+struct Opening {
+    id: u64,
+    volume: usize,
+    old: Arc<Grant>,
+    answer: Opened,
+}
+
+struct Worker {
+    agent: Arc<Agent>,
+    handle: Arc<Handle>,
+    ring: Ring,
+    connection: Connection,
+    wake: Token,
+    peer: String,
+    session: u128,
+    bounds: Vec<Bound>,
+    /// One for each volume of the agent that this connection uses.
+    disks: Vec<Option<FileDisk>>,
+    jobs: Slab<Job>,
+    opening: Vec<Opening>,
+    done: Vec<Done>,
+    stopping: bool,
+}
+
+/// Serves one accepted connection until it is over.
+///
+/// # Errors
+/// The kernel refuses io_uring.
+pub(crate) fn serve(
+    agent: &Arc<Agent>,
+    handle: &Arc<Handle>,
+    socket: std::net::TcpStream,
+) -> std::io::Result<()> {
+    let mut ring = Ring::new(ENTRIES)?;
+    let connection = Connection::new(socket, Arc::clone(&agent.sessions), &mut ring);
+    let wake = ring.source().token(0);
+    ring.poll_readable(handle.wake.as_raw_fd(), true, wake);
+    let mut disks = Vec::new();
+    disks.resize_with(agent.volumes.len(), || None);
+    let mut worker = Worker {
+        agent: Arc::clone(agent),
+        handle: Arc::clone(handle),
+        ring,
+        connection,
+        wake,
+        peer: String::new(),
+        session: 0,
+        bounds: Vec::new(),
+        disks,
+        jobs: Slab::new(),
+        opening: Vec::new(),
+        done: Vec::new(),
+        stopping: false,
+    };
+    let result = worker.run();
+    worker.close();
+    result
+}
+
+impl Worker {
+    fn run(&mut self) -> std::io::Result<()> {
+        let mut events = Vec::new();
+        loop {
+            let now = Instant::now();
+            self.handle.beat(now);
+            if self.agent.is_stopping() && !self.stopping {
+                self.stopping = true;
+                self.connection.stop("the agent is stopping");
+            }
+            self.answer_opened();
+            let next = self.connection.tick(&mut self.ring, now, &mut events);
+            if !events.is_empty() {
+                self.events(&mut events);
+                // What was answered at once goes out before the ring waits.
+                continue;
+            }
+            if self.connection.is_finished() && self.jobs.is_empty() && self.opening.is_empty() {
+                return Ok(());
+            }
+            let round = if self.opening.is_empty() { ROUND } else { DRAIN };
+            let wait = next.map_or(round, |at| at.saturating_duration_since(now).min(round));
+            self.ring.wait(Some(wait))?;
+            while let Some(completion) = self.ring.reap() {
+                self.completed(completion, &mut events);
+            }
+            self.events(&mut events);
+            self.answer_done();
+            self.note_use();
+        }
+    }
+
+    /// Gives up what is left when the connection cannot go on; a file's operations must end before its
+    /// buffers do.
+    fn close(&mut self) {
+        for disk in self.disks.iter_mut().flatten() {
+            disk.abort(&mut self.ring, &mut self.done);
+        }
+        self.answer_done();
+        for bound in self.bounds.drain(..) {
+            bound.grant.connected(false);
+        }
+    }
+
+    fn completed(&mut self, completion: Completion, events: &mut Vec<Event>) {
+        if completion.token == self.wake {
+            self.handle.woken();
+            if !completion.more() {
+                self.ring.poll_readable(self.handle.wake.as_raw_fd(), true, self.wake);
+            }
+            return;
+        }
+        if self.connection.complete(&mut self.ring, completion, events) {
+            return;
+        }
+        for disk in self.disks.iter_mut().flatten() {
+            if disk.complete(&mut self.ring, completion, &mut self.done) {
+                return;
+            }
+        }
+    }
+
+    fn events(&mut self, events: &mut Vec<Event>) {
+        for event in events.drain(..) {
+            match event {
+                Event::Opened { peer, session, resumed } => {
+                    tracing::info!(%peer, resumed, "A peer is connected");
+                    self.peer = peer;
+                    self.session = session;
+                }
+                Event::Request(request) => self.request(request),
+                // Its answer comes anyway: I/O that has begun is better finished than torn.
+                Event::Cancel { .. } => {}
+                Event::Closed { reason } => {
+                    tracing::info!(peer = %self.peer, %reason, "A peer's connection is over");
+                }
+            }
+        }
+        self.answer_done();
+    }
+
+    fn request(&mut self, request: Request) {
+        match request.opcode {
+            opcode::READ | opcode::WRITE | opcode::FLUSH | opcode::DISCARD | opcode::WRITE_ZEROES => {
+                self.access(request);
+            }
+            opcode::ACQUIRE => self.acquire(&request),
+            opcode::RENEW => self.renew(&request),
+            opcode::RELEASE => self.release(&request),
+            opcode::OPEN => self.open(&request),
+            opcode::VOLUMES => self.report(&request, self.agent.volumes_json()),
+            opcode::INVENTORY => self.report(&request, self.agent.inventory_json()),
+            _ => self.connection.answer(request.id, Status::UNKNOWN_OPERATION, &[], Buffer::empty()),
+        }
+    }
+
+    fn refuse(&mut self, id: u64, status: Status, refusal: &Refusal) {
+        self.connection.answer(id, status, &refusal.encode(), Buffer::empty());
+    }
+
+    fn malformed(&mut self, id: u64, why: &impl ToString) {
+        self.refuse(id, Status::MALFORMED, &Refusal::because(why.to_string()));
+    }
+
+    fn refuse_lease(&mut self, id: u64, refused: Refused) {
+        match refused {
+            Refused::Leased { wait, why } => {
+                self.refuse(id, status::LEASED, &Refusal { errno: 0, wait, text: why });
+            }
+            Refused::Fenced(why) => self.refuse(id, status::FENCED, &Refusal::because(why)),
+            Refused::Failed(why) => {
+                tracing::error!(%why, "A lease could not be given");
+                self.refuse(id, status::UNFIT, &Refusal::because(why));
+            }
+        }
+    }
+
+    fn acquire(&mut self, request: &Request) {
+        let asked = match Acquire::decode(&request.body) {
+            Ok(asked) => asked,
+            Err(e) => return self.malformed(request.id, &e),
+        };
+        match self.agent.acquire(&asked) {
+            Ok(epoch) => {
+                let acquired = Acquired { epoch, ttl: lock(&self.agent.leases).ttl() };
+                self.connection.answer(request.id, Status::OK, &acquired.encode(), Buffer::empty());
+            }
+            Err(None) => {
+                let names: Vec<&str> = self.agent.volumes.iter().map(|v| v.config.name.as_str()).collect();
+                let has = if names.is_empty() { "none".to_owned() } else { names.join(", ") };
+                let why = Refusal::because(format!("it serves {has}"));
+                self.refuse(request.id, status::NO_SUCH_VOLUME, &why);
+            }
+            Err(Some(refused)) => self.refuse_lease(request.id, refused),
+        }
+    }
+
+    fn renew(&mut self, request: &Request) {
+        let lease = match Lease::decode(&request.body) {
+            Ok(lease) => lease,
+            Err(e) => return self.malformed(request.id, &e),
+        };
+        match self.agent.check(lease) {
+            Ok(volume) => {
+                self.agent.volumes[volume].heard();
+                self.connection.answer(request.id, Status::OK, &[], Buffer::empty());
+            }
+            Err(refused) => self.refuse_lease(request.id, refused),
+        }
+    }
+
+    fn release(&mut self, request: &Request) {
+        let lease = match Lease::decode(&request.body) {
+            Ok(lease) => lease,
+            Err(e) => return self.malformed(request.id, &e),
+        };
+        match self.agent.release(lease) {
+            Ok(()) => self.connection.answer(request.id, Status::OK, &[], Buffer::empty()),
+            Err(refused) => self.refuse_lease(request.id, refused),
+        }
+    }
+
+    fn open(&mut self, request: &Request) {
+        let lease = match Open::decode(&request.body) {
+            Ok(Open { epoch, holder }) => Lease { epoch, holder },
+            Err(e) => return self.malformed(request.id, &e),
+        };
+        let volume = match self.agent.check(lease) {
+            Ok(volume) => volume,
+            Err(refused) => return self.refuse_lease(request.id, refused),
+        };
+        let image = match self.agent.volumes[volume].image() {
+            Ok(image) => image,
+            Err(e) => return self.refuse(request.id, status::UNFIT, &Refusal::because(e.to_string())),
+        };
+        if self.disks[volume].is_none() {
+            let mut disk = FileDisk::new(Arc::clone(&image));
+            if let Err(e) = disk.attach(&mut self.ring) {
+                return self.refuse(request.id, status::UNFIT, &Refusal::because(e.to_string()));
+            }
+            self.disks[volume] = Some(disk);
+        }
+        let (grant, old) = self.agent.volumes[volume].grant(lease.epoch, self.session);
+        self.agent.volumes[volume].heard();
+        self.bind(volume, grant);
+        let answer = Opened { geometry: image.geometry(), identity: image.identity() };
+        match old {
+            Some(old) => self.opening.push(Opening { id: request.id, volume, old, answer }),
+            None => self.opened(request.id, volume, &answer),
+        }
+    }
+
+    fn bind(&mut self, volume: usize, grant: Arc<Grant>) {
+        let stale = |b: &Bound| b.volume == volume;
+        for old in self.bounds.extract_if(.., |b| stale(b)) {
+            old.grant.connected(false);
+        }
+        grant.connected(true);
+        self.bounds.push(Bound { volume, grant, used: true });
+    }
+
+    fn opened(&mut self, id: u64, volume: usize, answer: &Opened) {
+        let (peer, volume) = (&self.peer, &self.agent.volumes[volume].config.name);
+        tracing::info!(%peer, %volume, "A volume is open");
+        self.connection.answer(id, Status::OK, &answer.encode(), Buffer::empty());
+    }
+
+    /// Answers the `open`s whose volume nobody else uses any more.
+    fn answer_opened(&mut self) {
+        let ready: Vec<Opening> = self.opening.extract_if(.., |o| o.old.is_idle()).collect();
+        for Opening { id, volume, answer, .. } in ready {
+            self.opened(id, volume, &answer);
+        }
+    }
+
+    /// The grant under which `epoch` may be used, entered.
+    fn enter(&mut self, epoch: u64) -> Result<(usize, Arc<Grant>), Refused> {
+        let known = self.bounds.iter().position(|b| b.grant.epoch == epoch);
+        let index = match known {
+            Some(index) => index,
+            None => self.resume(epoch)?,
+        };
+        let bound = &mut self.bounds[index];
+        if !bound.grant.enter() {
+            return Err(self.agent.fenced(epoch));
+        }
+        bound.used = true;
+        Ok((bound.volume, Arc::clone(&bound.grant)))
+    }
+
+    /// Takes over what the same session was granted on an earlier connection.
+    fn resume(&mut self, epoch: u64) -> Result<usize, Refused> {
+        let (volume, grant) =
+            self.agent.granted(epoch, self.session).ok_or_else(|| self.agent.fenced(epoch))?;
+        if self.disks[volume].is_none() {
+            let failed = |why: String| Refused::Failed(why);
+            let image = self.agent.volumes[volume].image().map_err(|e| failed(e.to_string()))?;
+            let mut disk = FileDisk::new(image);
+            disk.attach(&mut self.ring).map_err(|e| failed(e.to_string()))?;
+            self.disks[volume] = Some(disk);
+        }
+        self.bind(volume, grant);
+        Ok(self.bounds.len() - 1)
+    }
+
+    fn access(&mut self, request: Request) {
+        let Request { id, opcode, body, payload, answer_len, .. } = request;
+        let access = match Access::decode(&body) {
+            Ok(access) => access,
+            Err(e) => return self.malformed(id, &e),
+        };
+        let operation = match opcode {
+            opcode::READ => Operation::Read,
+            opcode::WRITE => Operation::Write,
+            opcode::FLUSH => Operation::Flush,
+            opcode::DISCARD => Operation::Discard,
+            _ => Operation::WriteZeroes { unmap: access.unmap },
+        };
+        let carried = match operation {
+            Operation::Read => answer_len,
+            Operation::Write => payload.len(),
+            _ => 0,
+        };
+        let moves = matches!(operation, Operation::Read | Operation::Write);
+        if moves && (access.len != carried as u64 || carried > MAX_PAYLOAD) {
+            return self.malformed(id, &"The range and the payload differ in length");
+        }
+        let (volume, grant) = match self.enter(access.epoch) {
+            Ok(entered) => entered,
+            Err(refused) => return self.refuse_lease(id, refused),
+        };
+        let buffer = if operation == Operation::Read { self.connection.buffer(carried) } else { payload };
+        let read = operation == Operation::Read;
+        let tag = self.jobs.insert(Job { id, bound: grant, volume, read }) as u64;
+        let request = disk::Request { tag, operation, offset: access.offset, len: access.len, buffer };
+        if let Some(disk) = &mut self.disks[volume] {
+            disk.submit(&mut self.ring, request, &mut self.done);
+        }
+    }
+
+    /// Answers the requests whose I/O is done.
+    fn answer_done(&mut self) {
+        let mut done = std::mem::take(&mut self.done);
+        for Done { tag, result, buffer } in done.drain(..) {
+            let Some(Job { id, bound, volume, read }) = self.jobs.try_remove(tag as usize) else { continue };
+            bound.exit();
+            match result {
+                Ok(()) => {
+                    let payload = if read { buffer } else { Buffer::empty() };
+                    self.connection.answer(id, Status::OK, &[], payload);
+                }
+                Err(error) => {
+                    if matches!(error, disk::Error::Full) {
+                        self.agent.volumes[volume].tell_full();
+                    }
+                    let (status, refusal) = Refusal::of(&error);
+                    self.refuse(id, status, &refusal);
+                }
+            }
+        }
+        self.done = done;
+    }
+
+    /// Requests renew the lease.
+    fn note_use(&mut self) {
+        for bound in self.bounds.iter_mut().filter(|b| b.used) {
+            bound.used = false;
+            self.agent.volumes[bound.volume].heard();
+        }
+    }
+
+    /// Answers with JSON.
+    fn report(&mut self, request: &Request, json: Vec<u8>) {
+        if json.len() > request.answer_len.min(MAX_PAYLOAD) {
+            let why = format!("the answer has {} bytes", json.len());
+            return self.refuse(request.id, status::UNSUPPORTED, &Refusal::because(why));
+        }
+        self.connection.answer(request.id, Status::OK, &[], Buffer::from_vec(json));
+    }
+}

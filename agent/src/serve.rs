@@ -1,0 +1,357 @@
+//! The agent as a process: accepting, watching over the connections, stopping.
+
+use std::io;
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use devices::disk::file::OpenError;
+use devices::disk::volume::{self as protocol, Acquire, Lease};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use sd_notify::NotifyState;
+use transport::server::{Limits, Sessions};
+
+use crate::config::Config;
+use crate::lease::{Refused, Table};
+use crate::volume::{Grant, Volume, lock};
+use crate::{Error, connection, inventory};
+
+/// How long an image that another process has locked is waited for at the start: an agent that was killed
+/// may leave I/O behind that the kernel still finishes.
+const LOCK_WAIT: Duration = Duration::from_secs(10);
+/// A connection's thread that did not come round for so long hangs.
+const HANG: Duration = Duration::from_secs(30);
+
+/// What all connections share.
+pub struct Agent {
+    pub(crate) volumes: Vec<Volume>,
+    pub(crate) leases: Mutex<Table>,
+    pub(crate) sessions: Arc<Sessions>,
+    stopping: AtomicBool,
+    born: Instant,
+    connections: Mutex<Vec<Arc<Handle>>>,
+}
+
+/// One connection's thread as the others see it.
+pub(crate) struct Handle {
+    pub(crate) wake: EventFd,
+    /// When it last came round, in milliseconds since the agent's start.
+    beat: AtomicU64,
+    born: Instant,
+}
+
+impl Handle {
+    pub(crate) fn beat(&self, now: Instant) {
+        let millis = now.saturating_duration_since(self.born).as_millis();
+        self.beat.store(u64::try_from(millis).unwrap_or(u64::MAX), Ordering::Relaxed);
+    }
+
+    fn is_alive(&self) -> bool {
+        let beat = self.born + Duration::from_millis(self.beat.load(Ordering::Relaxed));
+        beat.elapsed() < HANG
+    }
+
+    /// Takes the wake-up, so that the next one is seen.
+    pub(crate) fn woken(&self) {
+        self.wake.read().ok();
+    }
+}
+
+impl Agent {
+    fn new(config: &Config) -> Result<Self, Error> {
+        let limits = Limits {
+            requests: config.limits.requests,
+            bytes: config.limits.memory.0,
+            sessions: config.limits.connections.saturating_mul(2),
+        };
+        Ok(Self {
+            volumes: config.volume.iter().cloned().map(Volume::new).collect(),
+            leases: Mutex::new(Table::load(&config.state_folder(), config.lease_ttl.0)?),
+            sessions: Sessions::new(&config.agent_name(), limits),
+            stopping: AtomicBool::new(false),
+            born: Instant::now(),
+            connections: Mutex::new(Vec::new()),
+        })
+    }
+
+    pub(crate) fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::SeqCst)
+    }
+
+    /// Gives a lease; `None`: there is no such volume.
+    pub(crate) fn acquire(&self, asked: &Acquire) -> Result<u64, Option<Refused>> {
+        let volume = self.volumes.iter().find(|v| v.config.name == asked.volume).ok_or(None)?;
+        let mut leases = lock(&self.leases);
+        if volume.config.read_only {
+            let epoch = leases.share(&asked.volume)?;
+            if asked.expected != 0 && asked.expected != epoch {
+                return Err(Some(Refused::Fenced(format!("volume {} was changed", asked.volume))));
+            }
+            return Ok(epoch);
+        }
+        let before = leases.get(&asked.volume).map(|record| record.epoch);
+        let epoch = leases.acquire(asked, volume.activity())?;
+        if before != Some(epoch) {
+            // Under the table's lock, so that no older lease is opened in between.
+            volume.revoke();
+            tracing::info!(volume = %asked.volume, holder = %asked.name, epoch, "A lease was given");
+        }
+        volume.heard();
+        Ok(epoch)
+    }
+
+    /// The volume of a lease that is current.
+    pub(crate) fn check(&self, lease: Lease) -> Result<usize, Refused> {
+        let leases = lock(&self.leases);
+        let name = leases.check(lease)?;
+        let gone = || Refused::Fenced(format!("the agent serves no volume {name} any more"));
+        self.volumes.iter().position(|v| v.config.name == name).ok_or_else(gone)
+    }
+
+    pub(crate) fn release(&self, lease: Lease) -> Result<(), Refused> {
+        let mut leases = lock(&self.leases);
+        let Some(name) = leases.release(lease)? else { return Ok(()) };
+        if let Some(volume) = self.volumes.iter().find(|v| v.config.name == name) {
+            volume.revoke();
+        }
+        tracing::info!(volume = %name, epoch = lease.epoch, "A lease was given back");
+        Ok(())
+    }
+
+    /// What `session` was granted under `epoch` on an earlier connection.
+    pub(crate) fn granted(&self, epoch: u64, session: u128) -> Option<(usize, Arc<Grant>)> {
+        self.volumes.iter().enumerate().find_map(|(index, v)| Some((index, v.granted(epoch, session)?)))
+    }
+
+    /// Why nothing may be done under `epoch`.
+    pub(crate) fn fenced(&self, epoch: u64) -> Refused {
+        let leases = lock(&self.leases);
+        let why = match leases.volume_of(epoch) {
+            Some((volume, _)) => format!("volume {volume} is open in another session of the same lease"),
+            None => format!("lease {epoch} is over; the volume was given back or taken by another guest"),
+        };
+        Refused::Fenced(why)
+    }
+
+    pub(crate) fn volumes_json(&self) -> Vec<u8> {
+        let leases = lock(&self.leases);
+        let list: Vec<protocol::Volume> = self
+            .volumes
+            .iter()
+            .map(|volume| {
+                let name = volume.config.name.clone();
+                let record = leases.get(&name);
+                let image = volume.opened();
+                protocol::Volume {
+                    size: image.as_ref().map(|i| i.geometry().size),
+                    read_only: volume.config.read_only,
+                    direct: image.is_some_and(|i| i.is_direct()),
+                    holder: record.and_then(|r| r.holder.as_ref()).map(|h| h.name.clone()),
+                    epoch: record.map(|r| r.epoch),
+                    problem: volume.problem(),
+                    name,
+                }
+            })
+            .collect();
+        serde_json::to_vec(&list).unwrap_or_default()
+    }
+
+    pub(crate) fn inventory_json(&self) -> Vec<u8> {
+        serde_json::to_vec(&inventory::take()).unwrap_or_default()
+    }
+
+    /// Opens every volume. One that cannot be served does not keep the others from it.
+    fn open_volumes(&self) {
+        let until = Instant::now() + LOCK_WAIT;
+        for volume in &self.volumes {
+            let name = &volume.config.name;
+            loop {
+                match volume.image() {
+                    Ok(image) => {
+                        let (size, direct) = (image.geometry().size, image.is_direct());
+                        tracing::info!(volume = %name, size, direct, path = %image.path().display(), "Serving");
+                    }
+                    Err(OpenError::Locked { .. }) if Instant::now() < until => {
+                        thread::sleep(Duration::from_millis(50));
+                        continue;
+                    }
+                    Err(error) => tracing::error!(volume = %name, %error, "The volume cannot be served"),
+                }
+                break;
+            }
+        }
+    }
+
+    /// Writes everything to stable storage.
+    fn flush(&self) {
+        for volume in &self.volumes {
+            let Some(image) = volume.opened() else { continue };
+            if image.geometry().read_only {
+                continue;
+            }
+            if let Err(error) = image.flush() {
+                tracing::error!(volume = %volume.config.name, %error, "The volume could not be flushed");
+            }
+        }
+    }
+}
+
+/// The signals that stop the agent, as something to poll.
+fn stop_signals() -> io::Result<UnixStream> {
+    let (ours, theirs) = UnixStream::pair()?;
+    for signal in [signal_hook::consts::SIGTERM, signal_hook::consts::SIGINT] {
+        signal_hook::low_level::pipe::register(signal, theirs.try_clone()?)?;
+    }
+    Ok(ours)
+}
+
+/// Serves until SIGTERM or SIGINT, then ends in order.
+///
+/// # Errors
+/// The address, the state folder or the system does not allow it.
+pub fn run(config: &Config) -> Result<(), Error> {
+    let failed = |what| move |source| Error::System { what, source };
+    let address = config.address();
+    if !address.ip().is_loopback() {
+        tracing::warn!(
+            %address,
+            "INSECURE: whoever reaches this address can read and write every volume; connections are neither \
+             encrypted nor authenticated yet"
+        );
+    }
+    let stop = stop_signals().map_err(failed("Cannot catch signals"))?;
+    let agent = Arc::new(Agent::new(config)?);
+    agent.open_volumes();
+    let listener = TcpListener::bind(address).map_err(|source| Error::Listen { address, source })?;
+    listener.set_nonblocking(true).map_err(|source| Error::Listen { address, source })?;
+    let bound = listener.local_addr().unwrap_or(address);
+    tracing::info!(address = %bound, volumes = agent.volumes.len(), "Listening");
+    notify(&[NotifyState::Ready, NotifyState::Status(&format!("Listening on {bound}"))]);
+    accept_until_stopped(&agent, config, &listener, &stop).map_err(failed("Cannot wait for connections"))?;
+    drop(listener);
+    notify(&[NotifyState::Stopping, NotifyState::Status("Finishing what is in flight")]);
+    tracing::info!("Stopping");
+    wind_up(&agent, config.stop_timeout.0);
+    Ok(())
+}
+
+/// Tells systemd, where the agent runs under it.
+fn notify(states: &[NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(states) {
+        tracing::debug!(%error, "systemd cannot be told");
+    }
+}
+
+fn accept_until_stopped(
+    agent: &Arc<Agent>,
+    config: &Config,
+    listener: &TcpListener,
+    stop: &UnixStream,
+) -> io::Result<()> {
+    let watchdog = sd_notify::watchdog_enabled();
+    let pause = watchdog.map_or(Duration::from_secs(5), |limit| limit / 3);
+    let timeout = PollTimeout::try_from(pause).unwrap_or(PollTimeout::from(1000u16));
+    let (mut pinged, mut told) = (Instant::now(), usize::MAX);
+    loop {
+        let mut polled =
+            [PollFd::new(listener.as_fd(), PollFlags::POLLIN), PollFd::new(stop.as_fd(), PollFlags::POLLIN)];
+        match poll(&mut polled, timeout) {
+            Ok(_) | Err(nix::Error::EINTR) => {}
+            Err(e) => return Err(e.into()),
+        }
+        if polled[1].any().unwrap_or(false) {
+            return Ok(());
+        }
+        accept_all(agent, config.limits.connections, listener);
+        let connections = lock(&agent.connections);
+        if connections.len() != told {
+            told = connections.len();
+            let served = if told == 1 { "connection" } else { "connections" };
+            notify(&[NotifyState::Status(&format!("{told} {served}, {} volumes", agent.volumes.len()))]);
+        }
+        if pinged.elapsed() < pause / 2 {
+            continue;
+        }
+        pinged = Instant::now();
+        // The ping says that this loop and every connection's thread come round, not that a timer ticks.
+        if connections.iter().all(|c| c.is_alive()) {
+            if watchdog.is_some() {
+                notify(&[NotifyState::Watchdog]);
+            }
+        } else {
+            tracing::error!("A connection's thread hangs; the watchdog is not told that all is well");
+        }
+    }
+}
+
+fn accept_all(agent: &Arc<Agent>, most: usize, listener: &TcpListener) {
+    loop {
+        let (socket, peer) = match listener.accept() {
+            Ok(accepted) => accepted,
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
+            Err(error) => {
+                // Out of descriptors or the peer is gone already; others can still be served.
+                tracing::warn!(%error, "A connection could not be accepted");
+                thread::sleep(Duration::from_millis(10));
+                return;
+            }
+        };
+        if lock(&agent.connections).len() >= most {
+            tracing::warn!(%peer, most, "Refused a connection: there are as many as the configuration allows");
+            continue;
+        }
+        if let Err(error) = begin(agent, socket) {
+            tracing::error!(%peer, %error, "A connection could not be served");
+        }
+    }
+}
+
+/// Starts a connection's thread.
+fn begin(agent: &Arc<Agent>, socket: TcpStream) -> io::Result<()> {
+    let wake = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
+    let handle = Arc::new(Handle { wake, beat: AtomicU64::new(0), born: agent.born });
+    handle.beat(Instant::now());
+    let (shared, ours) = (Arc::clone(agent), Arc::clone(&handle));
+    lock(&agent.connections).push(Arc::clone(&handle));
+    let body = move || {
+        let gone = Gone(&shared, &ours);
+        if let Err(error) = connection::serve(gone.0, gone.1, socket) {
+            tracing::error!(%error, "A connection's ring failed");
+        }
+    };
+    thread::Builder::new().name("connection".to_owned()).spawn(body).map(drop).inspect_err(|_| {
+        lock(&agent.connections).retain(|h| !Arc::ptr_eq(h, &handle));
+    })
+}
+
+/// Takes a connection off the list, also when its thread panics.
+struct Gone<'a>(&'a Arc<Agent>, &'a Arc<Handle>);
+
+impl Drop for Gone<'_> {
+    fn drop(&mut self) {
+        lock(&self.0.connections).retain(|handle| !Arc::ptr_eq(handle, self.1));
+    }
+}
+
+/// Lets every connection finish what is in flight and say goodbye, then flushes the volumes.
+fn wind_up(agent: &Agent, timeout: Duration) {
+    agent.stopping.store(true, Ordering::SeqCst);
+    for handle in &*lock(&agent.connections) {
+        handle.wake.write(1).ok();
+    }
+    let until = Instant::now() + timeout;
+    while !lock(&agent.connections).is_empty() && Instant::now() < until {
+        thread::sleep(Duration::from_millis(5));
+    }
+    let left = lock(&agent.connections).len();
+    if left > 0 {
+        tracing::warn!(left, ?timeout, "Connections did not end in time; their peers will ask again");
+    }
+    agent.flush();
+    tracing::info!("Stopped; everything acknowledged is on stable storage");
+}

@@ -1,0 +1,269 @@
+//! The volumes that an agent serves, and the grants under which sessions use them.
+
+use std::fs::OpenOptions;
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::SeqCst};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use devices::disk::file::{Image, OpenError, Options};
+
+use crate::config;
+use crate::lease::Activity;
+
+/// Locks, also after another thread panicked: what the agent's locks guard is always whole.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// One session's right to use a volume, until it is revoked.
+///
+/// A request counts itself in, then looks whether the grant was revoked; who revokes it sets that, then
+/// waits for the count. So after the wait nothing is carried out under the grant any more.
+#[derive(Debug)]
+pub struct Grant {
+    /// The lease that it stands on.
+    pub epoch: u64,
+    /// The session that may use it; `None`: any, since nobody writes.
+    pub session: Option<u128>,
+    revoked: AtomicBool,
+    in_flight: AtomicUsize,
+    connections: AtomicUsize,
+}
+
+impl Grant {
+    /// A grant of `epoch` to a session.
+    #[must_use]
+    pub fn new(epoch: u64, session: Option<u128>) -> Arc<Self> {
+        Arc::new(Self {
+            epoch,
+            session,
+            revoked: AtomicBool::new(false),
+            in_flight: AtomicUsize::new(0),
+            connections: AtomicUsize::new(0),
+        })
+    }
+
+    /// Begins a request; `false` if the grant was revoked. Each `true` needs an [`Grant::exit`].
+    #[must_use]
+    pub fn enter(&self) -> bool {
+        self.in_flight.fetch_add(1, SeqCst);
+        if self.revoked.load(SeqCst) {
+            self.exit();
+            return false;
+        }
+        true
+    }
+
+    /// Ends a request.
+    pub fn exit(&self) {
+        self.in_flight.fetch_sub(1, SeqCst);
+    }
+
+    /// Nothing begins under it from now on.
+    pub fn revoke(&self) {
+        self.revoked.store(true, SeqCst);
+    }
+
+    /// Whether nothing is in flight under it.
+    #[must_use]
+    pub fn is_idle(&self) -> bool {
+        self.in_flight.load(SeqCst) == 0
+    }
+
+    /// A connection uses it, or no longer does.
+    pub fn connected(&self, yes: bool) {
+        if yes {
+            self.connections.fetch_add(1, SeqCst);
+        } else {
+            self.connections.fetch_sub(1, SeqCst);
+        }
+    }
+}
+
+/// A volume.
+#[derive(Debug)]
+pub struct Volume {
+    /// Its configuration.
+    pub config: config::Volume,
+    image: Mutex<Option<Arc<Image>>>,
+    problem: Mutex<Option<String>>,
+    grant: Mutex<Option<Arc<Grant>>>,
+    /// When its holder was last heard of, in milliseconds since `born`.
+    seen: AtomicU64,
+    born: Instant,
+    full: AtomicU64,
+}
+
+impl Volume {
+    /// A volume that is not open yet. Its holder, if it has one, counts as heard of just now: it could not
+    /// renew its lease while the agent was away.
+    #[must_use]
+    pub fn new(config: config::Volume) -> Self {
+        Self {
+            config,
+            image: Mutex::new(None),
+            problem: Mutex::new(None),
+            grant: Mutex::new(None),
+            seen: AtomicU64::new(0),
+            born: Instant::now(),
+            full: AtomicU64::new(0),
+        }
+    }
+
+    /// Its image, opened if it is not open yet.
+    ///
+    /// # Errors
+    /// Why it cannot be served.
+    pub fn image(&self) -> Result<Arc<Image>, OpenError> {
+        let mut image = lock(&self.image);
+        if let Some(image) = &*image {
+            return Ok(Arc::clone(image));
+        }
+        let opened = open(&self.config).map(Arc::new);
+        *lock(&self.problem) = opened.as_ref().err().map(ToString::to_string);
+        let opened = opened?;
+        *image = Some(Arc::clone(&opened));
+        Ok(opened)
+    }
+
+    /// Its image, if it is open.
+    #[must_use]
+    pub fn opened(&self) -> Option<Arc<Image>> {
+        lock(&self.image).clone()
+    }
+
+    /// Why it could not be opened the last time.
+    #[must_use]
+    pub fn problem(&self) -> Option<String> {
+        lock(&self.problem).clone()
+    }
+
+    /// Grants the volume to `session` under `epoch` and revokes what was granted before: that must be idle
+    /// before the new grant is used.
+    pub fn grant(&self, epoch: u64, session: u128) -> (Arc<Grant>, Option<Arc<Grant>>) {
+        let mut current = lock(&self.grant);
+        if self.config.read_only {
+            if let Some(grant) = current.as_ref().filter(|g| g.epoch == epoch) {
+                return (Arc::clone(grant), None);
+            }
+            let grant = Grant::new(epoch, None);
+            *current = Some(Arc::clone(&grant));
+            return (grant, None);
+        }
+        let grant = Grant::new(epoch, Some(session));
+        let old = current.replace(Arc::clone(&grant));
+        if let Some(old) = &old {
+            old.revoke();
+        }
+        (grant, old)
+    }
+
+    /// Revokes what is granted: its lease is over.
+    pub fn revoke(&self) {
+        if let Some(grant) = &*lock(&self.grant) {
+            grant.revoke();
+        }
+    }
+
+    /// The grant that `session` has under `epoch`, for a session that goes on over a new connection.
+    #[must_use]
+    pub fn granted(&self, epoch: u64, session: u128) -> Option<Arc<Grant>> {
+        let grant = lock(&self.grant);
+        let fits = |g: &&Arc<Grant>| g.epoch == epoch && g.session.is_none_or(|s| s == session);
+        grant.as_ref().filter(fits).cloned()
+    }
+
+    /// The holder was heard of.
+    pub fn heard(&self) {
+        let millis = u64::try_from(self.born.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.seen.fetch_max(millis, SeqCst);
+    }
+
+    /// What the holder did lately.
+    #[must_use]
+    pub fn activity(&self) -> Activity {
+        let idle = self.born.elapsed().saturating_sub(Duration::from_millis(self.seen.load(SeqCst)));
+        let connected = lock(&self.grant).as_ref().is_some_and(|g| g.connections.load(SeqCst) > 0);
+        Activity { idle, connected }
+    }
+
+    /// Says in the log that there is no space, at most every ten seconds.
+    pub fn tell_full(&self) {
+        let now = self.born.elapsed().as_secs() + 10;
+        if self.full.fetch_max(now, SeqCst) + 10 <= now {
+            let (volume, path) = (&self.config.name, self.config.path.display());
+            tracing::error!(%volume, %path, "No space is left for the volume; its guest's writes wait");
+        }
+    }
+}
+
+/// Opens a volume's image, and makes it first if its configuration says so.
+///
+/// # Errors
+/// Why it cannot be served.
+pub fn open(volume: &config::Volume) -> Result<Image, OpenError> {
+    if let Some(size) = volume.create {
+        create(volume, size.0).map_err(|source| OpenError::Open { path: volume.path.clone(), source })?;
+    }
+    let (path, read_only) = (volume.path.clone(), volume.read_only);
+    Image::open(&Options { path, read_only, direct: volume.direct.into() })
+}
+
+/// Makes a sparse file, whole or not at all.
+fn create(volume: &config::Volume, size: u64) -> io::Result<()> {
+    let made = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&volume.path);
+    match made {
+        Ok(file) => {
+            let sized = file.set_len(size).and_then(|()| file.sync_all());
+            sized.inspect_err(|_| {
+                std::fs::remove_file(&volume.path).ok();
+            })
+        }
+        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        Err(e) => Err(e),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_begins_under_a_grant_that_was_revoked_and_idle() {
+        let grant = Grant::new(1, Some(1));
+        let worker = Arc::clone(&grant);
+        let busy = std::thread::spawn(move || {
+            let mut begun = 0u64;
+            while worker.enter() {
+                begun += 1;
+                worker.exit();
+            }
+            begun
+        });
+        std::thread::sleep(Duration::from_millis(5));
+        grant.revoke();
+        while !grant.is_idle() {
+            std::thread::yield_now();
+        }
+        assert!(busy.join().expect("it ends") > 0);
+        assert!(!grant.enter() && grant.is_idle());
+    }
+
+    #[test]
+    fn a_volume_is_created_once_and_kept() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("a.img");
+        let config = config::Volume {
+            name: "a".into(),
+            path: path.clone(),
+            read_only: false,
+            direct: config::DirectIo::Off,
+            create: Some(vmm::units::Bytes(1 << 20)),
+        };
+        drop(open(&config).expect("it is made"));
+        std::fs::write(&path, [7; 1024]).expect("it writes");
+        assert_eq!(open(&config).expect("it is there").geometry().size, 1024);
+    }
+}
