@@ -33,6 +33,7 @@ pub mod network;
 pub mod pc;
 pub mod qmp;
 pub mod runner;
+pub mod scene;
 mod snapshot;
 pub mod up;
 
@@ -41,3 +42,4 @@ pub use lab::Lab;
 pub use network::Network;
 pub use pc::Pc;
 pub use runner::{Output, Process};
+pub use scene::Scene;

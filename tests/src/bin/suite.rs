@@ -67,7 +67,7 @@ impl Reader {
             match end.split([' ', ',', '<']).next() {
                 Some("ok") => self.passed.push(test.to_owned()),
                 Some("FAILED") => self.failed.push(test.to_owned()),
-                Some("ignored") => self.skip(test, "ignored"),
+                Some("ignored") => self.skip(test, end.trim_start_matches("ignored, ")),
                 _ => {}
             }
         } else if let Some(why) = line.trim_start().strip_prefix("cannot run:") {

@@ -1,0 +1,136 @@
+//! The scene of most tests: a PC that runs guests and a PC whose agent serves their disks.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+use crate::images::{Image, binary, project};
+use crate::lab::Lab;
+use crate::network::Network;
+use crate::pc::Pc;
+
+/// The systemd unit, as packages install it.
+pub const UNIT: &str = "omega-agent.service";
+const UNIT_FILE: &str = "packaging/omega-agent.service";
+
+/// Two PCs on one network.
+pub struct Scene {
+    /// Runs guests.
+    pub console: Arc<Pc>,
+    /// Serves volumes.
+    pub helper: Arc<Pc>,
+    /// Joins them.
+    pub lan: Network,
+    /// Holds them; last, so that it ends last.
+    pub lab: Lab,
+}
+
+impl Scene {
+    /// Both PCs, with Omega's programs, its unit and the mini guest; `data` is where the helper's second disk
+    /// starts from. No agent runs yet.
+    pub fn new(name: &str, data: Option<&Path>) -> Result<Self> {
+        let lab = Lab::new(name)?;
+        let lan = lab.network("lan");
+        let console = lab.pc("console").on(&lan);
+        let mut helper = lab.pc("helper").on(&lan);
+        if let Some(image) = data {
+            helper = helper.data(image);
+        }
+        let [console, helper] = lab.start([console, helper])?;
+        let mini = Image::get("mini")?;
+        install_omega(&console)?;
+        install_image(&console, &mini, "mini")?;
+        install_agent(&helper)?;
+        Ok(Self { console, helper, lan, lab })
+    }
+
+    /// The same, with the Debian guest: its kernel on the console PC, its root on the helper's second disk.
+    pub fn with_debian(name: &str) -> Result<Self> {
+        let debian = Image::get("debian")?;
+        let scene = Self::new(name, Some(&debian.file("disk.raw")))?;
+        install_image(&scene.console, &debian, "debian")?;
+        Ok(scene)
+    }
+
+    /// Starts the helper's agent with these volumes; see [`serve`].
+    pub fn serve(&self, volumes: &[(&str, &str)]) -> Result<()> {
+        serve(&self.helper, &self.helper.address(), volumes)
+    }
+
+    /// The agent as `guest.toml` names it.
+    pub fn agent(&self) -> String {
+        self.helper.address()
+    }
+}
+
+/// Puts the program `omega` into a PC.
+pub fn install_omega(pc: &Pc) -> Result<()> {
+    pc.put(&binary("omega")?, "/usr/bin/omega", 0o755)
+}
+
+/// Puts an image's kernel and initramfs into a PC, as /images/NAME/{vmlinuz,initrd}.
+pub fn install_image(pc: &Pc, image: &Image, name: &str) -> Result<()> {
+    for file in ["vmlinuz", "initrd"] {
+        pc.put(&image.file(file), &format!("/images/{name}/{file}"), 0o644)?;
+    }
+    Ok(())
+}
+
+/// Puts the agent and its systemd unit into a PC.
+pub fn install_agent(pc: &Pc) -> Result<()> {
+    pc.put(&binary("omega-agent")?, "/usr/bin/omega-agent", 0o755)?;
+    pc.put(&project().join(UNIT_FILE), "/etc/systemd/system/omega-agent.service", 0o644)?;
+    // A power cut would lose what was just installed.
+    pc.run("sync; systemctl daemon-reload")?.ok().map(drop)
+}
+
+/// Configures the agent of a PC to listen on `address` and serve these volumes (name and path), and starts it
+/// by its unit. Files that are missing are made, 256 MiB each.
+pub fn serve(pc: &Pc, address: &str, volumes: &[(&str, &str)]) -> Result<()> {
+    let mut config = format!("listen = \"{address}:7420\"\ninsecure = true\n");
+    let mut devices = String::new();
+    for (name, path) in volumes {
+        config += &format!("\n[[volume]]\nname = \"{name}\"\npath = \"{path}\"\n");
+        if path.starts_with("/dev/") {
+            devices += &format!("DeviceAllow={path} rw\n");
+        } else {
+            let folder = Path::new(path).parent().unwrap_or(Path::new("/")).display().to_string();
+            pc.run(&format!(
+                "mkdir -p {folder}; [ -e {path} ] || truncate -s 256M {path}; chmod 0666 {path}"
+            ))?
+            .ok()?;
+            devices += &format!("ReadWritePaths={folder}\n");
+        }
+    }
+    pc.put_bytes(config.as_bytes(), "/etc/omega/agent.toml", 0o644)?;
+    // What an administrator adds for the volumes of this PC, see docs/agent.md.
+    let drop_in = format!("[Service]\nSupplementaryGroups=disk\n{devices}");
+    pc.put_bytes(drop_in.as_bytes(), &format!("/etc/systemd/system/{UNIT}.d/volumes.conf"), 0o644)?;
+    pc.run("sync; systemctl daemon-reload; systemctl enable -q omega-agent")?.ok()?;
+    start_agent(pc)
+}
+
+/// Starts the agent by its unit; its journal is in the error when that fails.
+pub fn start_agent(pc: &Pc) -> Result<()> {
+    let started = pc.run("systemctl reset-failed omega-agent 2>/dev/null; systemctl start omega-agent")?;
+    if !started.success() {
+        let journal = pc.run("systemctl status --no-pager -l omega-agent; journalctl --no-pager -o cat -u omega-agent | tail -30")?;
+        bail!("The agent did not start: {}\n{}", started.all(), journal.text());
+    }
+    Ok(())
+}
+
+/// Waits until this holds, and fails with `what` when it does not within the patience.
+pub fn wait_until(what: &str, patience: Duration, mut holds: impl FnMut() -> Result<bool>) -> Result<()> {
+    let deadline = Instant::now() + patience;
+    while !holds().with_context(|| what.to_owned())? {
+        if Instant::now() > deadline {
+            bail!("{what}: not within {} s", patience.as_secs());
+        }
+        thread::sleep(Duration::from_millis(200));
+    }
+    Ok(())
+}
