@@ -76,6 +76,7 @@ pub struct Answer {
 
 /// What happened on a channel.
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "nearly all events are answers, and a box for each costs more")]
 pub enum Event {
     /// A session was opened with a peer that knows nothing of an earlier one (the first time, or the
     /// peer was restarted). Requests wait until [`Channel::ready`]; only `setup` requests go out.
@@ -181,14 +182,12 @@ impl Channel {
         match &mut self.state {
             _ if token == BELL => self.bell_polled = false,
             State::Connecting { done, .. } if token == self.generation << 1 | 1 => *done = true,
-            State::Linked(link) => {
-                if self.fault.is_none() {
-                    match link.completed(token, completion.result, &mut self.core) {
-                        Ok(heard) => self.heard |= heard,
-                        Err(fault) => self.fault = Some(fault),
-                    }
-                    self.core.take_events(events);
+            State::Linked(link) if self.fault.is_none() => {
+                match link.completed(token, completion.result, &mut self.core) {
+                    Ok(heard) => self.heard |= heard,
+                    Err(fault) => self.fault = Some(fault),
                 }
+                self.core.take_events(events);
             }
             _ => {}
         }

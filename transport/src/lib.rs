@@ -12,6 +12,8 @@ pub mod blocking;
 pub mod buffer;
 pub mod channel;
 mod core;
+#[doc(hidden)]
+pub mod fuzzing;
 mod link;
 mod pool;
 pub mod ring;

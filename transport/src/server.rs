@@ -193,9 +193,7 @@ impl Connection {
         self.core.pool.register(ring);
         self.arm(ring);
         self.core.take_events(events);
-        if self.link.is_none() {
-            return None;
-        }
+        self.link.as_ref()?;
         [due, stuck, self.closes_at].into_iter().flatten().min()
     }
 

@@ -159,8 +159,10 @@ impl Answerer {
             }
         }
         if matches!(self.phase, Phase::Open | Phase::Stopping) {
-            let len = payload.len().min(request.answer_len);
-            let payload = payload.slice(0, len).unwrap_or_default();
+            let payload = match payload.slice(0, request.answer_len) {
+                Some(part) if part.len() < payload.len() => part,
+                _ => payload,
+            };
             self.reply(id, request.class, status, body, payload, request.cost);
         } else {
             self.release_when_done();

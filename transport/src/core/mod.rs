@@ -4,3 +4,6 @@ pub(crate) mod answerer;
 pub(crate) mod asker;
 pub(crate) mod stream;
 pub(crate) mod table;
+
+#[cfg(test)]
+mod sim_test;

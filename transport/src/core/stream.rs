@@ -291,10 +291,11 @@ impl Outqueue {
         let mut out = Vec::new();
         let mut skip = self.offset;
         for frame in &self.frames {
-            let mut bytes = frame.head.to_vec();
-            bytes.extend(frame.payload.to_vec());
-            out.extend_from_slice(bytes.get(skip..).unwrap_or_default());
-            skip = skip.saturating_sub(bytes.len());
+            out.extend_from_slice(frame.head.get(skip..).unwrap_or_default());
+            let skipped = skip.saturating_sub(frame.head.len());
+            let rest = frame.payload.len().saturating_sub(skipped).min(most);
+            out.extend(frame.payload.slice(skipped, rest).unwrap_or_default().to_vec());
+            skip = 0;
             if out.len() >= most {
                 break;
             }

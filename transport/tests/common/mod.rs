@@ -1,5 +1,5 @@
 //! A server for tests, on real sockets, and a client that pumps its ring.
-#![allow(dead_code, unreachable_pub)] // each test binary uses its own part
+#![allow(dead_code, unreachable_pub, clippy::unwrap_used)] // each test binary uses its own part
 
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};

@@ -1,0 +1,247 @@
+//! Entry points for fuzzers: every byte a peer sends comes through here.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::buffer::Buffer;
+use crate::channel::Call;
+use crate::core::answerer::Answerer;
+use crate::core::asker::{Asker, Identity};
+use crate::core::stream::{Decoder, Outqueue};
+use crate::server::{Event, Limits, Sessions};
+use crate::sessions::Claimant;
+use crate::wire::{Body, Class, HEADER, Header, Hello, PREFACE, Preface, Status};
+
+const LIMITS: Limits = Limits { requests: 4, bytes: 4 << 20, sessions: 2 };
+
+/// What an asking side sends, to an answering side. The first byte says in what pieces it comes.
+pub fn fuzz_requests(data: &[u8]) {
+    let Some((piece, data)) = data.split_first() else { return };
+    let sessions = Sessions::new("fuzz", LIMITS);
+    let claimant = Claimant { number: sessions.number(), cut: Arc::new(|| ()), wake: Arc::new(|| ()) };
+    let mut core = Answerer::new(sessions, claimant, Instant::now());
+    let (mut decoder, mut out, mut events) = (Decoder::new(), Outqueue::default(), Vec::new());
+    for piece in data.chunks(usize::from(*piece) + 1) {
+        if decoder.feed(piece, &mut core).is_err() {
+            break;
+        }
+        core.take_events(&mut events);
+        for event in events.drain(..) {
+            if let Event::Request(request) = event
+                && request.opcode % 2 == 0
+            {
+                let answer = core.pool.take(request.answer_len);
+                core.answer(request.id, Status::OK, &request.body, answer);
+            }
+        }
+        assert!(core.in_flight() <= LIMITS.requests as usize, "credit bounds what is in flight");
+        // The peer never reads: what waits for it is bounded all the same.
+        out.fill(&mut core);
+    }
+}
+
+/// What an answering side sends, to an asking side with calls in flight.
+pub fn fuzz_replies(data: &[u8]) {
+    let Some((piece, data)) = data.split_first() else { return };
+    let now = Instant::now();
+    let identity = Identity { name: "fuzz".into(), instance: 1, boot: 2 };
+    let mut core = Asker::new(identity, 3, Duration::from_secs(1), now);
+    for tag in 0..4u64 {
+        core.submit(Call {
+            tag,
+            opcode: 256,
+            class: Class::Normal,
+            body: Body::new(),
+            payload: Buffer::empty(),
+            answer: Buffer::zeroed(tag as usize * 100),
+            once: tag == 0,
+            deadline: None,
+            setup: false,
+        });
+    }
+    core.connected(now);
+    let (mut decoder, mut out, mut events) = (Decoder::new(), Outqueue::default(), Vec::new());
+    let mut answers = 0;
+    for piece in data.chunks(usize::from(*piece) + 1) {
+        let broken = decoder.feed(piece, &mut core).is_err();
+        core.take_events(&mut events);
+        answers += events.drain(..).filter(|e| matches!(e, crate::channel::Event::Answer(_))).count();
+        if broken {
+            core.disconnected();
+            break;
+        }
+        core.ready();
+        out.fill(&mut core);
+    }
+    assert_eq!(answers + core.close().len(), 4, "each call is answered or given back");
+}
+
+/// Headers and hellos: what decodes encodes to the same bytes.
+pub fn fuzz_wire(data: &[u8]) {
+    if let Some(bytes) = data.first_chunk::<HEADER>()
+        && let Ok(header) = Header::decode(bytes)
+    {
+        assert_eq!(header.encode(), *bytes);
+    }
+    if let Some((preface, hello)) = data.split_first_chunk::<PREFACE>() {
+        let _ = Preface::decode(preface);
+        if let Ok(hello) = Hello::decode(hello) {
+            let again = hello.encode();
+            assert!(Hello::decode(&again[PREFACE..]).is_ok());
+        }
+    }
+}
+
+/// A well-formed conversation of each side, to start from.
+#[must_use]
+pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
+    use crate::core::asker::frame;
+    use crate::wire::{Flags, Kind, Role};
+    let hello = |role, requests| Hello {
+        role,
+        resumed: false,
+        requests,
+        bytes: 4 << 20,
+        window: 32,
+        keepalive_ms: 1000,
+        serial: u64::from(requests != 0),
+        session: 3,
+        instance: 1,
+        boot: 2,
+        name: "seed".into(),
+    };
+    let frames = |frames: &[(Header, &[u8], usize)], start: Vec<u8>| {
+        let mut bytes = vec![200];
+        bytes.extend(start);
+        for (header, body, payload) in frames {
+            let out = frame(header, body, Buffer::zeroed(*payload), 0);
+            bytes.extend_from_slice(&out.head);
+            bytes.extend(out.payload.to_vec());
+        }
+        bytes
+    };
+    let request = |id, flags, answer_len, acked| Header {
+        class: Class::Normal,
+        code: 256,
+        flags,
+        answer_len,
+        id,
+        acked,
+        ..Header::new(Kind::Request)
+    };
+    let id = |kind, id| Header { id, ..Header::new(kind) };
+    let goodbye = Header { flags: Flags::FORGET, ..Header::new(Kind::Goodbye) };
+    let requests = frames(
+        &[
+            (request(1, Flags::ONCE, 0, 1), b"body", 700),
+            (request(2, 0, 4096, 2), b"", 0),
+            (id(Kind::Ping, 9), b"", 0),
+            (id(Kind::Cancel, 2), b"", 0),
+            (request(3, Flags::ONCE, 0, 2), b"", 0),
+            (goodbye, b"done", 0),
+        ],
+        hello(Role::Asking, 0).encode(),
+    );
+    let replies = frames(
+        &[
+            (id(Kind::Reply, 3), b"body", 200),
+            (id(Kind::Pong, 9), b"", 0),
+            (id(Kind::Ping, 5), b"", 0),
+            (id(Kind::Reply, 1), b"", 0),
+            (id(Kind::Reply, 4), b"", 17),
+            (Header::new(Kind::Goodbye), b"stopping", 0),
+        ],
+        hello(Role::Answering, 4).encode(),
+    );
+    let wire = request(7, Flags::ONCE, 0, 5).encode().to_vec();
+    let mut greeting = hello(Role::Asking, 0).encode();
+    greeting.extend([0; 16]);
+    vec![("requests", requests), ("replies", replies), ("wire", wire), ("wire", greeting)]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::Path;
+
+    fn target(name: &str) -> fn(&[u8]) {
+        match name {
+            "requests" => fuzz_requests,
+            "replies" => fuzz_replies,
+            _ => fuzz_wire,
+        }
+    }
+
+    /// Bytes that change a field to its limits and beyond.
+    const EDGES: [u8; 6] = [0, 1, 2, 0x7f, 0x80, 0xff];
+
+    #[test]
+    fn no_value_of_any_byte_of_a_conversation_does_harm() {
+        for (name, seed) in seeds() {
+            let run = target(name);
+            run(&seed);
+            for at in 0..seed.len().min(600) {
+                for edge in EDGES {
+                    let mut bytes = seed.clone();
+                    bytes[at] = edge;
+                    run(&bytes);
+                }
+                run(&seed[..at]);
+            }
+        }
+    }
+
+    #[test]
+    fn no_random_mutation_of_the_corpus_does_harm() {
+        let mut dice = 0x1234_5678_9ABC_DEF1u64;
+        let mut roll = move |sides: usize| {
+            dice ^= dice << 13;
+            dice ^= dice >> 7;
+            dice ^= dice << 17;
+            (dice >> 20) as usize % sides.max(1)
+        };
+        let mut ran = 0;
+        for name in ["requests", "replies", "wire"] {
+            let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fuzz/corpus").join(name);
+            let files = std::fs::read_dir(&folder).expect("the corpus is there");
+            let mut corpus: Vec<Vec<u8>> =
+                files.map(|file| std::fs::read(file.expect("a file").path()).expect("it reads")).collect();
+            assert!(!corpus.is_empty(), "{}", folder.display());
+            corpus.extend(seeds().into_iter().filter(|(seed, _)| *seed == name).map(|(_, bytes)| bytes));
+            let run = target(name);
+            for bytes in &corpus {
+                run(bytes);
+                ran += 1;
+            }
+            for _ in 0..5000 {
+                let mut bytes = corpus[roll(corpus.len())].clone();
+                for _ in 0..=roll(4) {
+                    let at = roll(bytes.len());
+                    match roll(4) {
+                        0 => bytes[at] = EDGES[roll(EDGES.len())],
+                        1 => bytes[at] ^= 1 << roll(8),
+                        2 => bytes.truncate(at + 1),
+                        _ => {
+                            let other = corpus[roll(corpus.len())].clone();
+                            let from = roll(other.len());
+                            bytes.splice(at..at, other[from..].iter().take(64).copied());
+                        }
+                    }
+                }
+                run(&bytes);
+            }
+        }
+        eprintln!("fuzz corpus: {ran} inputs");
+    }
+
+    /// Writes the seeds to the corpus: `cargo test -p omega-transport write_seeds -- --ignored`.
+    #[test]
+    #[ignore = "it writes files"]
+    fn write_seeds() {
+        for (at, (name, bytes)) in seeds().into_iter().enumerate() {
+            let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fuzz/corpus").join(name);
+            std::fs::create_dir_all(&folder).expect("a folder");
+            std::fs::write(folder.join(format!("seed-{at}")), bytes).expect("a file");
+        }
+    }
+}
