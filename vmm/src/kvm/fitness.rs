@@ -18,7 +18,7 @@ use kvm_ioctls::VcpuFd;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::signal::Killable;
 
-use super::{Context, Error, KICK_SIGNAL, install_kick_handler, kick, partition};
+use super::{Context, Error, install_kick_handler, kick, kick_signal, partition};
 
 /// What this PC's KVM is good for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -120,7 +120,7 @@ fn run(mut vcpu: VcpuFd) -> Option<io::Result<u32>> {
     let thread = thread.ok()?;
     let result = receiver.recv_timeout(PATIENCE).ok();
     if result.is_none() {
-        thread.kill(KICK_SIGNAL).ok()?;
+        thread.kill(kick_signal()).ok()?;
     }
     thread.join().ok()?;
     result

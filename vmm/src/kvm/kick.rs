@@ -10,8 +10,11 @@ use std::ptr;
 use kvm_bindings::kvm_run;
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
-/// The kick's signal, as an offset from `SIGRTMIN`.
-pub const KICK_SIGNAL: i32 = 0;
+/// The signal of a kick.
+#[must_use]
+pub fn kick_signal() -> i32 {
+    SIGRTMIN()
+}
 
 thread_local! {
     /// `immediate_exit` of the vCPU that this thread runs. Const-initialized and without a destructor, so
@@ -33,7 +36,7 @@ extern "C" fn on_kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_v
 /// # Errors
 /// The kernel refuses.
 pub fn install_kick_handler() -> io::Result<()> {
-    register_signal_handler(SIGRTMIN() + KICK_SIGNAL, on_kick)
+    register_signal_handler(kick_signal(), on_kick)
         .map_err(|error| io::Error::from_raw_os_error(error.errno()))
 }
 

@@ -18,7 +18,7 @@ use std::io;
 pub use doorbell::Doorbells;
 pub use fitness::{Fitness, fitness};
 pub use interrupt::Interrupts;
-pub use kick::{KICK_SIGNAL, install_kick_handler};
+pub use kick::{install_kick_handler, kick_signal};
 pub use partition::{Partition, missing_capabilities};
 pub use state::{CpuState, PartitionState};
 pub use vcpu::Vcpu;

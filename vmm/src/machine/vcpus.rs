@@ -10,7 +10,7 @@ use vmm_sys_util::signal::Killable;
 use super::Error;
 use super::parts::{Parts, lock};
 use crate::cpu;
-use crate::kvm::{KICK_SIGNAL, install_kick_handler};
+use crate::kvm::{install_kick_handler, kick_signal};
 
 /// The threads of a machine's vCPUs.
 #[derive(Clone)]
@@ -37,7 +37,7 @@ pub(super) fn start(parts: &Arc<Parts>) -> Result<Threads, Error> {
     parts.gang.set_kick(Box::new(move || {
         for thread in &*lock(&kicked.0) {
             // A thread that has ended needs no kick.
-            let _ = thread.kill(KICK_SIGNAL);
+            let _ = thread.kill(kick_signal());
         }
     }));
     Ok(threads)
