@@ -40,6 +40,9 @@ struct Flight {
     done: u64,
     /// Zeros are written because the kernel cannot clear the range.
     by_hand: bool,
+    /// The buffer's registration ended before the kernel took the operation, as it does with the connection
+    /// that the buffer is from.
+    unregistered: bool,
 }
 
 // SAFETY: the segment lists point into buffers that the same flight owns, and those may be sent.
@@ -112,6 +115,10 @@ impl FileDisk {
             Ok(_) => Some(Ok(())),
             Err(e) => match (e.raw_os_error(), request.operation) {
                 (Some(libc::EINTR | libc::EAGAIN), _) => None,
+                (Some(libc::EFAULT), _) if !flight.unregistered && request.buffer.registered().is_some() => {
+                    flight.unregistered = true;
+                    None
+                }
                 (Some(libc::ENOSPC | libc::EDQUOT), _) => Some(Err(Error::Full)),
                 (Some(libc::EOPNOTSUPP), Operation::Discard) => Some(Err(Error::Unsupported)),
                 (Some(libc::EOPNOTSUPP), Operation::WriteZeroes { .. }) if !flight.by_hand => {
@@ -137,6 +144,7 @@ impl FileDisk {
         flight.bounce = None;
         flight.done = 0;
         flight.by_hand = false;
+        flight.unregistered = false;
         self.free.push(slot);
         Some(Done { tag: request.tag, result, buffer: request.buffer })
     }
@@ -145,7 +153,7 @@ impl FileDisk {
 /// A read or write of what is left of the flight's buffer.
 fn transfer(image: &Image, flight: &mut Flight) -> squeue::Entry {
     let fd = types::Fd(image.file.as_raw_fd());
-    let Flight { request, bounce, segments, done, .. } = flight;
+    let Flight { request, bounce, segments, done, unregistered, .. } = flight;
     let Some(request) = request else { return opcode::Nop::new().build() };
     let buffer = bounce.as_ref().unwrap_or(&request.buffer);
     let offset = request.offset + *done;
@@ -153,7 +161,7 @@ fn transfer(image: &Image, flight: &mut Flight) -> squeue::Entry {
     if let [only] = buffer.iovecs() {
         let base = only.iov_base.cast::<u8>().wrapping_add(*done as usize);
         let len = u32::try_from(only.iov_len - *done as usize).unwrap_or(1 << 30);
-        return match (read, buffer.registered()) {
+        return match (read, buffer.registered().filter(|_| !*unregistered)) {
             (true, Some(index)) => opcode::ReadFixed::new(fd, base, len, index).offset(offset).build(),
             (true, None) => opcode::Read::new(fd, base, len).offset(offset).build(),
             (false, Some(index)) => opcode::WriteFixed::new(fd, base, len, index).offset(offset).build(),
