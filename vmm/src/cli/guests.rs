@@ -154,32 +154,49 @@ fn order(name: &str, command: Command) -> Result<(), Failure> {
 
 pub(super) fn stop(args: &args::Stop) -> Result<(), Failure> {
     let folder = runtime::find(&args.name)?;
-    let name = &args.name;
-    let mut client = connect(&folder, Some(PATIENCE))?;
-    let command = if args.force { Command::Kill } else { Command::PowerOff };
-    match client.ask(command) {
-        Ok(_) => {}
-        // A guest that ends at this moment is what was asked for.
-        Err(ClientError::Unreachable(_)) if folder.process().is_none() => return Ok(()),
-        Err(why @ ClientError::Refused(Refusal::NotNow(_))) => {
-            let Failure { code, message } = refused(name, &why);
-            let mend = format!("{message}; `omega stop --force {name}` ends it at once");
-            return Err(Failure { code, message: mend });
-        }
-        Err(why) => return Err(refused(name, &why)),
-    }
-    let start = Instant::now();
+    let deadline = Instant::now().checked_add(args.timeout.0);
+    let late = || deadline.is_some_and(|deadline| Instant::now() >= deadline);
+    let pressed = ask_to_end(&folder, args, &late)?;
     while folder.process().is_some() {
-        if start.elapsed() >= args.timeout.0 {
-            let waited = args.timeout;
+        if late() {
+            let (name, waited) = (&args.name, args.timeout);
+            let ear = if pressed { "" } else { " (it does not listen to its power button)" };
             return Err(Failure::failed(format!(
-                "The guest `{name}` did not end within {waited} and runs on; wait longer with --timeout, or \
-                 end it at once with `omega stop --force {name}`"
+                "The guest `{name}` did not end within {waited} and runs on{ear}; wait longer with --timeout, \
+                 or end it at once with `omega stop --force {name}`"
             )));
         }
         sleep(LOOK);
     }
     Ok(())
+}
+
+/// Presses the power button until it is heard, or pulls the plug. `false` when it was too late.
+fn ask_to_end(folder: &Folder, args: &args::Stop, late: &impl Fn() -> bool) -> Result<bool, Failure> {
+    let name = &args.name;
+    let mut client = connect(folder, Some(PATIENCE))?;
+    let command = if args.force { Command::Kill } else { Command::PowerOff };
+    loop {
+        match client.ask(command.clone()) {
+            Ok(_) => return Ok(true),
+            // A guest that ends at this moment is what was asked for.
+            Err(ClientError::Unreachable(_)) => return Ok(true),
+            Err(why @ ClientError::Refused(Refusal::NotNow(_))) => {
+                let paused = client.status().is_ok_and(|status| status.state == State::Paused);
+                if paused {
+                    let mend = format!(
+                        "`omega resume {name}` first, or `omega stop --force {name}` ends it at once"
+                    );
+                    return Err(Failure::failed(format!("{}; {mend}", refused(name, &why).message)));
+                }
+            }
+            Err(why) => return Err(refused(name, &why)),
+        }
+        if late() {
+            return Ok(false);
+        }
+        sleep(LOOK);
+    }
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! The log: compact lines on standard error, or JSON.
 
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 
 use tracing_subscriber::filter::Targets;
 use tracing_subscriber::fmt::time::uptime;
@@ -24,7 +24,8 @@ pub(super) fn start(level: &str, json: bool) -> Result<(), String> {
     let filter: Targets = wanted
         .parse()
         .map_err(|why| format!("{VARIABLE}=`{wanted}` is not a filter ({why}); write for example `info`"))?;
-    let layer = fmt::layer().with_timer(uptime()).with_target(false).with_writer(Lines::new);
+    let ansi = io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+    let layer = fmt::layer().with_timer(uptime()).with_target(false).with_ansi(ansi).with_writer(Lines::new);
     let layer = if json { layer.json().flatten_event(true).boxed() } else { layer.compact().boxed() };
     // A test may have started one already.
     let _ = tracing_subscriber::registry().with(layer.with_filter(filter)).try_init();

@@ -2,8 +2,9 @@
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use devices::thread::{Role, spawn};
 
@@ -16,6 +17,9 @@ use crate::control::protocol::Console;
 use crate::control::{Controlled, Server, State};
 use crate::machine::{self, Exit, Machine};
 use crate::seccomp;
+
+/// How often the power button is pressed of a guest that does not listen yet.
+const AGAIN: Duration = Duration::from_millis(200);
 
 pub(super) fn run(args: &args::Run) -> Result<(), Failure> {
     let guest = configure(args)?;
@@ -52,7 +56,7 @@ fn live(
     claim: &Claim,
     consoles: &Consoles,
     steering: &Arc<Steering>,
-    wishes: Receiver<()>,
+    wishes: Receiver<Wish>,
 ) -> Result<Exit, Failure> {
     tracing::info!("{}", describe(guest));
     let options = machine::Options {
@@ -194,21 +198,41 @@ struct Steering {
     machine: OnceLock<Arc<dyn Controlled>>,
     /// How often the guest was asked to end.
     ends: AtomicU32,
-    pause: SyncSender<()>,
+    wishes: SyncSender<Wish>,
+}
+
+/// What may take a while.
+enum Wish {
+    /// Pause the guest, or let it go on.
+    Pause,
+    /// Press the power button until the guest listens to it.
+    PowerOff,
 }
 
 impl Steering {
-    fn new() -> (Arc<Self>, Receiver<()>) {
-        let (pause, wishes) = sync_channel(1);
-        (Arc::new(Self { machine: OnceLock::new(), ends: AtomicU32::new(0), pause }), wishes)
+    fn new() -> (Arc<Self>, Receiver<Wish>) {
+        let (wishes, received) = sync_channel(4);
+        (Arc::new(Self { machine: OnceLock::new(), ends: AtomicU32::new(0), wishes }), received)
     }
 
     /// From now on there is a machine to steer.
-    fn start(&self, machine: Arc<dyn Controlled>, wishes: Receiver<()>) -> Result<(), Failure> {
-        let paused = Arc::clone(&machine);
-        spawn(Role::Control, "pause", move || {
-            for () in wishes {
-                toggle_pause(&*paused);
+    fn start(&self, machine: Arc<dyn Controlled>, wishes: Receiver<Wish>) -> Result<(), Failure> {
+        let steered = Arc::clone(&machine);
+        spawn(Role::Control, "wishes", move || {
+            // A guest that is still booting, or paused, hears its power button later.
+            let mut pressing = false;
+            loop {
+                let wish = if pressing {
+                    wishes.recv_timeout(AGAIN)
+                } else {
+                    wishes.recv().map_err(|_| RecvTimeoutError::Disconnected)
+                };
+                match wish {
+                    Ok(Wish::Pause) => toggle_pause(&*steered),
+                    Ok(Wish::PowerOff) => pressing = !press(&*steered, true),
+                    Err(RecvTimeoutError::Timeout) => pressing = !press(&*steered, false),
+                    Err(RecvTimeoutError::Disconnected) => return,
+                }
             }
         })?;
         // Called once.
@@ -232,8 +256,7 @@ impl Steering {
         match command {
             Command::Quit => self.end(terminal::restore),
             Command::Kill => self.kill(terminal::restore),
-            // A second wish while the first is carried out is one.
-            Command::Pause => drop(self.pause.try_send(())),
+            Command::Pause => drop(self.wishes.try_send(Wish::Pause)),
             Command::Help => {}
         }
     }
@@ -244,10 +267,8 @@ impl Steering {
         if self.ends.fetch_add(1, Ordering::SeqCst) > 0 {
             return machine.kill();
         }
-        match machine.power_off() {
-            Ok(()) => tracing::info!("Pressed the guest's power button; the next signal ends it at once"),
-            Err(why) => tracing::warn!("{why}; the next signal ends it at once"),
-        }
+        // If more is being done already than fits, the next time ends the guest all the same.
+        drop(self.wishes.try_send(Wish::PowerOff));
     }
 
     fn kill(&self, leave: impl FnOnce()) {
@@ -265,6 +286,21 @@ impl Steering {
 fn hub_finish(hub: &Hub) -> impl FnOnce() {
     let hub = hub.clone();
     move || hub.finish()
+}
+
+/// Presses the power button; whether it was heard. `first` is told of.
+fn press(machine: &dyn Controlled, first: bool) -> bool {
+    match machine.power_off() {
+        Ok(()) => tracing::info!("Pressed the guest's power button; the next time ends it at once"),
+        Err(why) if first => {
+            tracing::warn!(
+                "{why}; its power button is pressed until it is heard, the next time ends it at once"
+            );
+            return false;
+        }
+        Err(_) => return false,
+    }
+    true
 }
 
 fn toggle_pause(machine: &dyn Controlled) {

@@ -3,8 +3,8 @@
 use std::io;
 
 use devices::thread::{Role, spawn};
-use nix::sys::signal::{SigSet, Signal, kill};
-use nix::unistd::getpid;
+use nix::sys::signal::{SigSet, Signal, raise};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 use crate::console::terminal;
 
@@ -53,18 +53,19 @@ impl Held {
     /// # Errors
     /// No thread can be started.
     pub(super) fn watch(self, event: impl Fn(Event) + Send + 'static) -> io::Result<()> {
+        let signals = SignalFd::with_flags(&self.0, SfdFlags::SFD_CLOEXEC)?;
         spawn(Role::Console, "signals", move || {
             loop {
-                // Only a set that is not valid is refused, and this one is.
-                let Ok(signal) = self.0.wait() else { continue };
-                match signal {
+                // Interrupted, for example by a stop.
+                let Ok(Some(signal)) = signals.read_signal() else { continue };
+                match Signal::try_from(signal.ssi_signo as i32).unwrap_or(Signal::SIGTTOU) {
                     Signal::SIGTERM | Signal::SIGINT | Signal::SIGHUP => event(Event::End),
                     Signal::SIGQUIT => event(Event::EndNow),
                     Signal::SIGWINCH => event(Event::Window),
                     Signal::SIGTSTP => {
                         terminal::restore();
-                        // Unlike SIGTSTP this is not held back.
-                        let _ = kill(getpid(), Signal::SIGSTOP);
+                        // Unlike SIGTSTP this is not held back, and stops all threads.
+                        let _ = raise(Signal::SIGSTOP);
                     }
                     Signal::SIGCONT => {
                         terminal::continued();

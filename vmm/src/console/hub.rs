@@ -17,7 +17,7 @@ use super::event::Event;
 use super::pump::{Pump, Terminal};
 use super::terminal;
 use crate::config::Serial;
-use crate::control::socket;
+use crate::control::socket::Listener;
 
 /// Output that waits for the hub's thread; more is dropped, and a notice says so.
 const PENDING_OUTPUT: usize = 128 << 10;
@@ -114,8 +114,8 @@ impl Hub {
         }
         let Options { socket, command } = options;
         let listener = match socket {
-            Some(path) => match socket::listen(&path) {
-                Ok(listener) => Some((listener, path)),
+            Some(path) => match Listener::at(&path) {
+                Ok(listener) => Some(listener),
                 Err(source) => return Err(Error::Socket { path, source }),
             },
             None => None,
@@ -206,8 +206,7 @@ impl Hub {
         }
     }
 
-    /// Gives readers a moment to take the last output, detaches them, puts the terminal back and removes
-    /// the socket. Output that is written afterwards goes nowhere. Returns within about two seconds
+    /// Gives readers a moment to take the last output, detaches them and puts the terminal back. Output that is written afterwards goes nowhere. Returns within about two seconds
     /// whatever the readers do.
     pub fn finish(&self) {
         self.shared.finish.store(true, Ordering::SeqCst);

@@ -57,7 +57,6 @@ fn a_client_sees_what_was_written_before_and_after_it_came() {
     hub.finish();
     expect(&mut first, "last words");
     assert_eq!(first.read(&mut [0]).expect("the end"), 0, "a client sees that the console ended");
-    assert!(!socket.exists(), "the socket is removed");
     guest.write_all(b"nobody").expect("writing never fails");
 }
 

@@ -1,12 +1,11 @@
 //! The hub's thread: moves output to everybody who reads and input to the guest.
 
 use std::collections::VecDeque;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{File, OpenOptions};
 use std::io::{self, IsTerminal, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt;
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::PathBuf;
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
@@ -17,7 +16,7 @@ use super::escape::{Command, Escape};
 use super::hub::{LAST_WORDS, Shared, lock};
 use super::sink::{Scrollback, Sink};
 use super::terminal;
-use crate::control::socket;
+use crate::control::socket::Listener;
 
 /// Attached clients at most; more are turned away.
 const MOST_CLIENTS: usize = 8;
@@ -162,7 +161,7 @@ enum Who {
 
 pub(super) struct Pump {
     shared: Arc<Shared>,
-    listener: Option<(UnixListener, PathBuf)>,
+    listener: Option<Listener>,
     file: Option<File>,
     terminal: Option<Terminal>,
     clients: Vec<Client>,
@@ -175,7 +174,7 @@ pub(super) struct Pump {
 impl Pump {
     pub(super) fn new(
         shared: Arc<Shared>,
-        listener: Option<(UnixListener, PathBuf)>,
+        listener: Option<Listener>,
         file: Option<File>,
         terminal: Option<Terminal>,
     ) -> Self {
@@ -196,10 +195,6 @@ impl Pump {
                 }
             }
             self.wait(deadline.is_some());
-        }
-        if let Some((_, path)) = &self.listener {
-            // Whoever starts the guest next replaces it otherwise.
-            let _ = fs::remove_file(path);
         }
         let shared = Arc::clone(&self.shared);
         drop(self);
@@ -295,7 +290,7 @@ impl Pump {
         if let Some(room) = &room {
             set.push((Who::Room, PollFd::new(room.as_fd(), PollFlags::POLLIN)));
         }
-        if let Some((listener, _)) = &self.listener {
+        if let Some(listener) = &self.listener {
             set.push((Who::Listener, PollFd::new(listener.as_fd(), PollFlags::POLLIN)));
         }
         if let Some(terminal) = &self.terminal {
@@ -333,11 +328,7 @@ impl Pump {
     }
 
     fn accept(&mut self) {
-        let Some((listener, _)) = &self.listener else { return };
-        let Ok((mut stream, _)) = listener.accept() else { return };
-        if !socket::allowed(&stream) || stream.set_nonblocking(true).is_err() {
-            return;
-        }
+        let Some(mut stream) = self.listener.as_ref().and_then(Listener::accept) else { return };
         if self.clients.len() >= MOST_CLIENTS {
             // They see why, or that the connection ends.
             let _ = stream.write(b"\r\n[omega: too many consoles are attached to this guest]\r\n");

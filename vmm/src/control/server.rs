@@ -4,8 +4,8 @@
 use std::collections::HashMap;
 use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -16,7 +16,8 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::protocol::{Answer, Command, Console, LONGEST_REQUEST, read_request};
-use super::{Controlled, Error, socket};
+use super::socket::Listener;
+use super::{Controlled, Error};
 
 /// Connections at most; more are told so and hung up on.
 const MOST_CLIENTS: usize = 16;
@@ -54,7 +55,7 @@ impl Server {
     /// # Errors
     /// The socket cannot be made, or no thread or descriptor is left.
     pub fn start(path: &Path, machine: Arc<dyn Controlled>, resize: Resize) -> io::Result<Self> {
-        let listener = socket::listen(path)?;
+        let listener = Listener::at(path)?;
         let wake = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?;
         let finish = AtomicBool::new(false);
         let shared = Arc::new(Shared { wake, finish, finished: (Mutex::new(false), Condvar::new()) });
@@ -74,7 +75,6 @@ impl Server {
         let server = Serving {
             shared: Arc::clone(&shared),
             listener,
-            path: path.to_owned(),
             machine,
             resize,
             jobs,
@@ -86,7 +86,7 @@ impl Server {
         Ok(Self { shared })
     }
 
-    /// Sends the answers that are due, hangs up and removes the socket. Returns within half a second.
+    /// Sends the answers that are due and hangs up; the socket's name stays. Returns within half a second.
     pub fn finish(&self) {
         self.shared.finish.store(true, Ordering::SeqCst);
         let _ = self.shared.wake.write(1);
@@ -176,8 +176,7 @@ fn passes(why: &io::Error) -> bool {
 
 struct Serving {
     shared: Arc<Shared>,
-    listener: UnixListener,
-    path: PathBuf,
+    listener: Listener,
     machine: Arc<dyn Controlled>,
     resize: Resize,
     jobs: Sender<Job>,
@@ -203,8 +202,6 @@ impl Serving {
             let timeout = deadline.map_or(PollTimeout::NONE, |_| PollTimeout::from(10u8));
             self.serve(timeout);
         }
-        // Whoever starts the guest next replaces it otherwise.
-        let _ = std::fs::remove_file(&self.path);
         let shared = Arc::clone(&self.shared);
         drop(self);
         *shared.finished.0.lock().unwrap_or_else(PoisonError::into_inner) = true;
@@ -255,10 +252,7 @@ impl Serving {
     }
 
     fn accept(&mut self) {
-        let Ok((mut stream, _)) = self.listener.accept() else { return };
-        if !socket::allowed(&stream) || stream.set_nonblocking(true).is_err() {
-            return;
-        }
+        let Some(mut stream) = self.listener.accept() else { return };
         if self.clients.len() >= MOST_CLIENTS {
             let busy = Error::Busy(format!("{MOST_CLIENTS} connections are open; close one"));
             // A new connection has room for a line.

@@ -4,10 +4,10 @@ use devices::thread::Role;
 use libc::{
     SYS_accept4, SYS_bind, SYS_brk, SYS_clock_gettime, SYS_clock_nanosleep, SYS_clone, SYS_clone3, SYS_close,
     SYS_connect, SYS_epoll_create1, SYS_epoll_ctl, SYS_epoll_pwait, SYS_epoll_wait, SYS_eventfd2, SYS_exit,
-    SYS_exit_group, SYS_fallocate, SYS_fcntl, SYS_fdatasync, SYS_fstat, SYS_fsync, SYS_ftruncate, SYS_futex,
-    SYS_getpeername, SYS_getpid, SYS_getrandom, SYS_getsockname, SYS_getsockopt, SYS_gettid,
-    SYS_io_uring_enter, SYS_io_uring_register, SYS_io_uring_setup, SYS_ioctl, SYS_listen, SYS_lseek,
-    SYS_madvise, SYS_memfd_create, SYS_mmap, SYS_mprotect, SYS_mremap, SYS_munmap, SYS_nanosleep,
+    SYS_exit_group, SYS_fallocate, SYS_fcntl, SYS_fdatasync, SYS_flock, SYS_fstat, SYS_fsync, SYS_ftruncate,
+    SYS_futex, SYS_getpeername, SYS_getpgrp, SYS_getpid, SYS_getrandom, SYS_getsockname, SYS_getsockopt,
+    SYS_gettid, SYS_io_uring_enter, SYS_io_uring_register, SYS_io_uring_setup, SYS_ioctl, SYS_listen,
+    SYS_lseek, SYS_madvise, SYS_memfd_create, SYS_mmap, SYS_mprotect, SYS_mremap, SYS_munmap, SYS_nanosleep,
     SYS_newfstatat, SYS_openat, SYS_poll, SYS_ppoll, SYS_prctl, SYS_pread64, SYS_preadv, SYS_pwrite64,
     SYS_pwritev, SYS_read, SYS_readv, SYS_recvfrom, SYS_recvmsg, SYS_restart_syscall, SYS_rmdir, SYS_rseq,
     SYS_rt_sigaction, SYS_rt_sigprocmask, SYS_rt_sigreturn, SYS_sched_getaffinity, SYS_sched_yield,
@@ -193,8 +193,8 @@ const SERVE: &[Call] = &[
 const SPAWN: &[Call] =
     &[any(SYS_clone), any(SYS_clone3), equal(SYS_prctl, 0, libc::PR_SET_NO_NEW_PRIVS), any(SYS_seccomp)];
 
-/// The terminal's modes and size.
-const CONSOLE: &[Call] = &[TTY_AND_TUN_IOCTLS, any(SYS_fdatasync)];
+/// The terminal's modes and size, and whether it is this process's.
+const CONSOLE: &[Call] = &[TTY_AND_TUN_IOCTLS, any(SYS_fdatasync), any(SYS_getpgrp)];
 
 /// Pausing, saving state, pressing the power button.
 const CONTROL: &[Call] = &[KVM_IOCTLS, any(SYS_fallocate)];
@@ -211,6 +211,7 @@ const MAIN: &[Call] = &[
     equal(SYS_socket, 0, libc::AF_UNIX),
     any(SYS_bind),
     any(SYS_listen),
+    equal(SYS_flock, 1, libc::LOCK_UN),
     any(SYS_rmdir),
     any(SYS_unlink),
     any(SYS_unlinkat),
