@@ -7,6 +7,8 @@
 mod boot_params;
 mod cache;
 mod kernel;
+#[doc(hidden)]
+pub mod micro;
 mod pvh;
 mod unpack;
 

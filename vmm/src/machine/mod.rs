@@ -26,6 +26,7 @@ use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 
 pub use controller::Controller;
+use devices::thread::{Role, confine};
 
 use crate::acpi;
 use crate::config;
@@ -181,6 +182,8 @@ impl Machine {
         let threads = vcpus::start(&parts)?;
         let keeper = keeper::start(&parts, events)?;
         parts.boot()?;
+        // Last, since threads inherit it: a disk's worker may have had to start one that is not confined.
+        confine(Role::Main).map_err(Error::Thread)?;
         // The sender lives in `parts`.
         let exit = end.recv().unwrap_or(Ok(Exit::Killed));
         parts.set_state(State::Ending);

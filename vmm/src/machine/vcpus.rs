@@ -47,6 +47,9 @@ fn body(parts: &Parts, index: usize) {
     while parts.gang.park() {
         let mut vcpu = lock(&parts.vcpus[index]);
         let _attached = vcpu.attach();
+        if !parts.gang.may_run() {
+            continue; // the kick came before it could reach this vCPU
+        }
         cpu::run(index as u8, &mut *vcpu, &parts.buses, &parts.gang, &parts.events, &parts.exits[index]);
     }
 }

@@ -30,7 +30,7 @@ extern "C" fn on_sigsys(_: i32, info: *mut libc::siginfo_t, _: *mut libc::c_void
     line.push(name.split(|byte| *byte == 0).next().unwrap_or_default());
     line.push(b"` made system call ");
     line.push_number(number.unsigned_abs());
-    line.push(b", which its filter forbids; `OMEGA_SECCOMP=off` runs without filters\n");
+    line.push(b", which its filter forbids; `omega run --seccomp off` runs without\n");
     // SAFETY: the bytes are on this stack frame. Neither call returns an error that could be handled.
     unsafe {
         libc::write(libc::STDERR_FILENO, line.bytes.as_ptr().cast(), line.len);

@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use super::*;
 
+const MACHINE: &str = "OMEGA_SECCOMP_TEST_MACHINE";
 const CASE: &str = "OMEGA_SECCOMP_TEST_CASE";
 
 /// What the process started again does: `MODE ROLE ACT`.
@@ -28,6 +29,32 @@ fn runs_the_case_that_another_test_asks_for() {
     thread.join().expect("it ends");
     println!("the end");
     std::process::exit(0);
+}
+
+/// Runs a micro-guest whose threads are all confined, and ends with the machine's exit code. `MODE CODE`,
+/// where the code is `off` (say something and power off) or `halt`.
+#[test]
+fn runs_the_machine_that_another_test_asks_for() {
+    let Ok(case) = std::env::var(MACHINE) else { return };
+    let (mode, directory) = case.split_once(' ').expect("a mode and a directory");
+    install(mode.parse().expect("a mode")).expect("it installs");
+    let directory = std::path::Path::new(directory);
+    let config: crate::config::Guest =
+        toml::from_str(&std::fs::read_to_string(directory.join("guest.toml")).expect("it was written"))
+            .expect("it is right");
+    let serial =
+        crate::console::Hub::open(&config.serial, crate::console::Options::default()).expect("a hub");
+    let options =
+        crate::machine::Options { allow_unfit_kvm: true, cache: None, serial: serial.clone(), console: None };
+    let exit = crate::machine::Machine::new(&config, options).and_then(crate::machine::Machine::run);
+    serial.finish();
+    match exit {
+        Ok(exit) => std::process::exit(i32::from(exit.code()) + 100),
+        Err(error) => {
+            eprintln!("{error}");
+            std::process::exit(1);
+        }
+    }
 }
 
 fn perform(act: &str) {
@@ -216,4 +243,32 @@ fn console_and_control_threads_may_talk_to_their_clients() {
         let output = run("kill", role, "converse");
         assert!(output.status.success(), "{role:?}: {output:?}");
     }
+}
+
+#[test]
+fn a_guests_whole_run_passes_the_filters() {
+    if !std::path::Path::new("/dev/kvm").exists() {
+        return eprintln!("cannot run: there is no /dev/kvm");
+    }
+    let directory = tempfile::tempdir().expect("a directory");
+    let at = |name: &str| directory.path().join(name);
+    let code = [crate::loader::micro::say("hello\n"), crate::loader::micro::power_off()].concat();
+    std::fs::write(at("kernel"), crate::loader::micro::kernel(&code)).expect("it is written");
+    std::fs::write(at("disk"), vec![0; 1 << 20]).expect("it is written");
+    let config = format!(
+        "name = 'confined'\nkernel.image = '{}'\nserial.file = '{}'\nmemory.size = '64M'\ncpu.count = 2\n\
+         [[disk]]\npath = '{}'\n",
+        at("kernel").display(),
+        at("serial").display(),
+        at("disk").display()
+    );
+    std::fs::write(at("guest.toml"), config).expect("it is written");
+    let output = Command::new(std::env::current_exe().expect("this program"))
+        .args(["--exact", "seccomp::tests::runs_the_machine_that_another_test_asks_for", "--nocapture"])
+        .env(MACHINE, format!("kill {}", directory.path().display()))
+        .env_remove("RUST_BACKTRACE")
+        .output()
+        .expect("it starts");
+    assert_eq!(output.status.code(), Some(100), "powered off: {output:?}");
+    assert_eq!(std::fs::read_to_string(at("serial")).expect("there is output"), "hello\n");
 }
