@@ -97,7 +97,7 @@ pub struct Run {
     #[arg(long)]
     pub allow_unfit_kvm: bool,
     /// What a thread meets that makes a system call it has no right to: kill, explain, log, off.
-    #[arg(long, value_name = "MODE", default_value = "kill")]
+    #[arg(long, value_name = "MODE", default_value = "kill", env = "OMEGA_SECCOMP")]
     pub seccomp: seccomp::Mode,
 }
 

@@ -127,8 +127,8 @@ fn restore_whatever_happens() {
         // SAFETY: `at_exit` is a plain function that stays loaded; it only calls tcsetattr.
         unsafe { libc::atexit(at_exit) };
         let action = SigAction::new(
-            SigHandler::Handler(fatal),
-            SaFlags::SA_ONSTACK | SaFlags::SA_RESTART,
+            SigHandler::SigAction(fatal),
+            SaFlags::SA_SIGINFO | SaFlags::SA_ONSTACK | SaFlags::SA_RESTART,
             SigSet::empty(),
         );
         // SAFETY: `fatal` calls only what may be called in a signal handler: atomics, tcsetattr, sigaction
@@ -142,16 +142,23 @@ extern "C" fn at_exit() {
 }
 
 /// Restores the terminal, then lets happen what would have happened without it.
-extern "C" fn fatal(number: libc::c_int) {
+extern "C" fn fatal(number: libc::c_int, about: *mut libc::siginfo_t, context: *mut libc::c_void) {
     restore();
-    for (at, signal) in FATAL.iter().enumerate() {
-        if *signal as libc::c_int == number {
+    let Some(at) = FATAL.iter().position(|signal| *signal as libc::c_int == number) else { return };
+    // SAFETY: the kernel hands a valid siginfo_t to a handler with SA_SIGINFO.
+    let fault = unsafe { (*about).si_code } > 0;
+    let before = BEFORE.get().and_then(|all| all[at]).map(|action| action.handler());
+    match before {
+        // A fault happens again when this returns, unless the handler from before ended the process.
+        Some(SigHandler::SigAction(handler)) if fault => handler(number, about, context),
+        Some(SigHandler::Handler(handler)) if fault => handler(number),
+        // Somebody sent it, or nobody else cares.
+        _ => {
             let default = SigAction::new(SigHandler::SigDfl, SaFlags::empty(), SigSet::empty());
-            let before = BEFORE.get().and_then(|all| all[at]).unwrap_or(default);
-            // SAFETY: the action was the process's own before, or is the default.
-            let _ = unsafe { sigaction(*signal, &before) };
-            // Delivered when this handler returns; a fault happens again by itself, and either is enough.
-            let _ = raise(*signal);
+            // SAFETY: the default action runs no code of ours.
+            let _ = unsafe { sigaction(FATAL[at], &default) };
+            // Delivered when this returns.
+            let _ = raise(FATAL[at]);
         }
     }
 }
