@@ -16,6 +16,7 @@ pub mod console;
 mod device;
 mod interrupts;
 mod memory;
+pub mod net;
 pub mod pci;
 mod queue;
 pub mod rng;

@@ -89,6 +89,10 @@ pub(crate) trait Backend: Send + 'static {
     /// Gives up what is in flight: afterwards nothing touches guest memory, and the chains are
     /// [put back](Virtqueue::put_back).
     fn abort(&mut self, _ring: &mut Ring, _queues: &mut Queues) {}
+
+    /// The queues are about to be handed back, and nothing is in flight: chains that were taken in
+    /// advance are [put back](Virtqueue::put_back).
+    fn let_go(&mut self, _queues: &mut Queues) {}
 }
 
 type Call<B> = Box<dyn FnOnce(&mut B, Option<&mut Queues>) + Send>;
@@ -399,6 +403,7 @@ impl<B: Backend> Loop<B> {
             if self.backend.in_flight() > 0 {
                 self.backend.abort(&mut self.ring, &mut active);
             }
+            self.backend.let_go(&mut active);
             let _ = active.signal();
             let queues = active.list.into_iter().map(|active| (active.index, active.queue)).collect();
             if let Some((_, returned)) = self.leaving.take() {
