@@ -97,10 +97,12 @@ impl Ring {
     /// # Errors
     /// The kernel refuses io_uring (`kernel.io_uring_disabled`, seccomp, locked-memory limit).
     pub fn new(entries: u32) -> io::Result<Self> {
-        // The best mode first: completions are processed only when this thread asks for them.
+        // The best mode first: completions are made only when this thread enters the kernel for them; the
+        // flag tells `submit` that there are some to make.
         let best = IoUring::builder()
             .setup_single_issuer()
             .setup_defer_taskrun()
+            .setup_taskrun_flag()
             .setup_cqsize(entries * 4)
             .dontfork()
             .build(entries);
@@ -319,6 +321,27 @@ mod tests {
         }
         seen.sort_unstable();
         assert_eq!(seen, (0..100).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn completions_come_to_a_thread_that_only_submits_and_never_waits() {
+        use std::io::Write;
+        let (here, mut there) = std::os::unix::net::UnixStream::pair().expect("a pair");
+        let mut ring = Ring::new(4).expect("io_uring works here");
+        let source = ring.source();
+        ring.poll_readable(here.as_raw_fd(), false, source.token(7));
+        ring.submit().expect("it submits");
+        assert!(ring.reap().is_none());
+        there.write_all(b"x").expect("it writes");
+        let deadline = Instant::now() + Duration::from_secs(5);
+        let completion = loop {
+            ring.submit().expect("it submits");
+            if let Some(completion) = ring.reap() {
+                break completion;
+            }
+            assert!(Instant::now() < deadline, "the poll completes");
+        };
+        assert_eq!(completion.token, source.token(7));
     }
 
     #[test]

@@ -1,6 +1,8 @@
 //! The bytes on the wire: frame header, hello, limits. Drawn in `docs/wire.md`.
 
 mod frame;
+#[cfg(test)]
+mod golden_test;
 mod hello;
 
 pub(crate) use frame::{Flags, HEADER, Header, Kind};
