@@ -10,10 +10,13 @@ use devices::irq::InterruptController;
 use devices::lifecycle::Lifecycle;
 use devices::pci::{PciRoot, Windows};
 use devices::platform::{I8042, Pm, Pvpanic, RamSize, Rtc, Serial, SystemControlA, ports};
+use devices::virtio::VirtioDevice;
+use devices::virtio::pci::VirtioPci;
 
-use super::parts::{Device, Parts};
-use super::{Error, Machine, Options, disks};
+use super::parts::{Counters, Device, Parts};
+use super::{Error, Machine, Options, disks, peripherals};
 use crate::config;
+use crate::console::Hub;
 use crate::cpu::{Buses, Gang};
 use crate::kvm::{Doorbells, Interrupts, Partition};
 use crate::loader::Kernel;
@@ -53,10 +56,22 @@ impl Assembly {
         Ok(())
     }
 
-    /// The next free slot of the PCI bus.
-    pub(super) fn slot(&mut self) -> usize {
+    /// Puts a virtio device on the PCI bus and into the machine's life.
+    pub(super) fn add_virtio(
+        &mut self,
+        name: &str,
+        about: String,
+        device: Box<dyn VirtioDevice>,
+        counters: Option<Counters>,
+    ) -> Result<(), Error> {
+        let (memory, doorbells) = (Arc::clone(&self.memory), Arc::clone(&self.doorbells));
+        let function = VirtioPci::new(device, memory, &self.interrupts, doorbells as _)
+            .map_err(|why| broken(name, &why))?;
         self.next_slot += 1;
-        self.next_slot
+        self.pci.add(self.next_slot, Arc::clone(&function) as _).map_err(|why| broken(name, &why))?;
+        let about = Box::new(move || about.clone());
+        self.devices.push(Device { name: name.into(), about, life: function, counters });
+        Ok(())
     }
 }
 
@@ -66,7 +81,7 @@ pub(super) fn broken(name: &str, why: &dyn Display) -> Error {
 }
 
 /// Builds the machine.
-pub(super) fn assemble(guest: &config::Guest, options: Options) -> Result<Machine, Error> {
+pub(super) fn assemble(guest: &config::Guest, options: &Options) -> Result<Machine, Error> {
     let started = Instant::now();
     let kernel = Kernel::open(&guest.kernel, options.cache.as_deref())?;
     let count = guest.cpu.count;
@@ -85,8 +100,9 @@ pub(super) fn assemble(guest: &config::Guest, options: Options) -> Result<Machin
         pci: Arc::new(PciRoot::new(Windows { low: WINDOW_32, high })),
         next_slot: 0,
     };
-    let pm = platform(&mut assembly, &layout, &options)?;
+    let pm = platform(&mut assembly, &layout, &options.serial)?;
     disks::add(&mut assembly, guest)?;
+    let balloon = peripherals::add(&mut assembly, guest, options.console.as_ref())?;
     pci(&mut assembly)?;
     let vcpus = (0..count).map(|index| partition.vcpu(index)).collect::<Result<Vec<_>, _>>()?;
     let cpus = vcpus
@@ -105,6 +121,7 @@ pub(super) fn assemble(guest: &config::Guest, options: Options) -> Result<Machin
         gang: Gang::new(count.into()),
         devices: assembly.devices,
         pm,
+        balloon,
         kernel: Mutex::new(kernel),
         events,
         end,
@@ -120,12 +137,11 @@ pub(super) fn assemble(guest: &config::Guest, options: Options) -> Result<Machin
 }
 
 /// The chipset's devices; returns the one with the power button.
-fn platform(assembly: &mut Assembly, layout: &Layout, options: &Options) -> Result<Arc<Pm>, Error> {
+fn platform(assembly: &mut Assembly, layout: &Layout, hub: &Hub) -> Result<Arc<Pm>, Error> {
     let line = |assembly: &Assembly, name: &str, irq| {
         assembly.interrupts.line(irq).map_err(|why| broken(name, &why))
     };
     let irq = line(assembly, "serial", ports::SERIAL_IRQ)?;
-    let hub = &options.serial;
     let serial = Arc::new(Serial::new(irq, hub.writer()).map_err(|why| broken("serial", &why))?);
     let room = serial.room().try_clone().map_err(|why| broken("serial", &why))?;
     let input = Arc::clone(&serial);

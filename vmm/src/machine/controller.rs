@@ -44,6 +44,7 @@ impl Controller {
     }
 }
 
+#[allow(clippy::needless_pass_by_value)] // the form that `map_err` takes
 fn failed(error: impl ToString) -> control::Error {
     control::Error::Failed(error.to_string())
 }
@@ -62,7 +63,7 @@ impl Controlled for Controller {
             state: parts.state(),
             vcpus: parts.vcpus.len() as u8,
             memory: parts.guest.memory.size,
-            balloon: None,
+            balloon: parts.balloon.as_ref().map(|balloon| Bytes(balloon.target())),
             uptime_ms: parts.started.elapsed().as_millis() as u64,
             resets: parts.resets.load(Ordering::Relaxed),
             devices: parts.devices.iter().map(describe).collect(),
@@ -119,8 +120,18 @@ impl Controlled for Controller {
         groups
     }
 
-    fn set_balloon(&self, _target: Bytes) -> Result<(), control::Error> {
-        Err(control::Error::Unsupported("the guest has no balloon".into()))
+    fn set_balloon(&self, target: Bytes) -> Result<(), control::Error> {
+        let size = self.parts.guest.memory.size;
+        let Some(balloon) = &self.parts.balloon else {
+            return Err(control::Error::Unsupported(
+                "the guest has no balloon (`[balloon]` in its configuration gives it one)".into(),
+            ));
+        };
+        if target > size {
+            return Err(control::Error::Failed(format!("{target} is more than the guest's {size}")));
+        }
+        balloon.set_target(target.0);
+        Ok(())
     }
 
     fn save_state(&self) -> Result<serde_json::Value, control::Error> {

@@ -19,6 +19,7 @@ mod controller;
 mod disks;
 mod keeper;
 mod parts;
+mod peripherals;
 mod vcpus;
 
 use std::path::PathBuf;
@@ -157,6 +158,7 @@ impl Machine {
     ///
     /// # Errors
     /// Each names what is missing and, where there is one, the mend.
+    #[allow(clippy::needless_pass_by_value)] // the consoles are the machine's from here on
     pub fn new(guest: &config::Guest, options: Options) -> Result<Self, Error> {
         if !options.allow_unfit_kvm {
             match kvm::fitness() {
@@ -164,7 +166,7 @@ impl Machine {
                 unfit => return Err(Error::Unfit(unfit)),
             }
         }
-        assembly::assemble(guest, options)
+        assembly::assemble(guest, &options)
     }
 
     /// What controls the machine while it runs, from any thread.

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use devices::lifecycle::Lifecycle;
 use devices::platform::Pm;
+use devices::virtio::balloon;
 
 use super::{Error, Exit};
 use crate::acpi;
@@ -42,6 +43,7 @@ pub(super) struct Parts {
     pub(super) gang: Gang,
     pub(super) devices: Vec<Device>,
     pub(super) pm: Arc<Pm>,
+    pub(super) balloon: Option<balloon::Control>,
     pub(super) kernel: Mutex<Kernel>,
     pub(super) events: Sender<Event>,
     pub(super) end: Sender<Result<Exit, Error>>,
