@@ -7,6 +7,8 @@ pub mod config;
 pub mod console;
 pub mod control;
 pub mod cpu;
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod kvm;
 pub mod loader;
 pub mod machine;
