@@ -51,8 +51,12 @@ enum Command {
         /// Which shell.
         shell: clap_complete::Shell,
     },
-    /// Print the manual page.
-    Man,
+    /// Write the manual pages.
+    #[command(hide = true)]
+    Man {
+        /// Where.
+        folder: PathBuf,
+    },
 }
 
 /// Runs the program. Exit code 0: done; 1: failed, with one line that says why; 2: a mistake in the command
@@ -97,12 +101,9 @@ fn run(cli: &Cli) -> Result<(), Error> {
             clap_complete::generate(*shell, &mut Cli::command(), "omega-agent", &mut out);
             write(&out)
         }
-        Command::Man => {
-            let mut out = Vec::new();
-            let page = clap_mangen::Man::new(Cli::command());
-            page.render(&mut out).map_err(|source| Error::System { what: "Cannot make the page", source })?;
-            write(&out)
-        }
+        Command::Man { folder } => std::fs::create_dir_all(folder)
+            .and_then(|()| clap_mangen::generate_to(Cli::command(), folder))
+            .map_err(|source| Error::System { what: "Cannot write the pages", source }),
     }
 }
 

@@ -227,6 +227,13 @@ mod tests {
     }
 
     #[test]
+    fn the_sample_guest_is_valid() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../packaging/guest.toml");
+        let guest = vmm::config::Guest::load(&path).unwrap_or_else(|e| panic!("{e}"));
+        assert!(guest.disk[0].remote.is_some());
+    }
+
+    #[test]
     fn an_empty_configuration_listens_on_loopback_only() {
         let config = Config::parse(Path::new("a.toml"), "").expect("valid");
         assert_eq!(config, Config::default());
