@@ -81,7 +81,6 @@ fn live(
     if consoles.serial.take_terminal(&guest.serial)? {
         tracing::info!("Keys go to the guest; Ctrl-] and then ? for help");
     }
-    seccomp::apply(Role::Main).map_err(|why| Failure::failed(why.to_string()))?;
     let result = machine.run();
     server.finish();
     result.map_err(|why| Failure::failed(why.to_string()))

@@ -3,17 +3,16 @@
 use devices::thread::Role;
 use libc::{
     SYS_accept4, SYS_bind, SYS_brk, SYS_clock_gettime, SYS_clock_nanosleep, SYS_clone, SYS_clone3, SYS_close,
-    SYS_connect, SYS_epoll_create1, SYS_epoll_ctl, SYS_epoll_pwait, SYS_epoll_wait, SYS_eventfd2, SYS_exit,
-    SYS_exit_group, SYS_fallocate, SYS_fcntl, SYS_fdatasync, SYS_flock, SYS_fstat, SYS_fsync, SYS_ftruncate,
-    SYS_futex, SYS_getpeername, SYS_getpgrp, SYS_getpid, SYS_getrandom, SYS_getsockname, SYS_getsockopt,
-    SYS_gettid, SYS_io_uring_enter, SYS_io_uring_register, SYS_io_uring_setup, SYS_ioctl, SYS_listen,
-    SYS_lseek, SYS_madvise, SYS_memfd_create, SYS_mmap, SYS_mprotect, SYS_mremap, SYS_munmap, SYS_nanosleep,
-    SYS_newfstatat, SYS_openat, SYS_poll, SYS_ppoll, SYS_prctl, SYS_pread64, SYS_preadv, SYS_pwrite64,
-    SYS_pwritev, SYS_read, SYS_readv, SYS_recvfrom, SYS_recvmsg, SYS_restart_syscall, SYS_rmdir, SYS_rseq,
-    SYS_rt_sigaction, SYS_rt_sigprocmask, SYS_rt_sigreturn, SYS_sched_getaffinity, SYS_sched_yield,
-    SYS_seccomp, SYS_sendmsg, SYS_sendto, SYS_set_robust_list, SYS_setsockopt, SYS_shutdown, SYS_sigaltstack,
-    SYS_socket, SYS_statx, SYS_tgkill, SYS_timerfd_create, SYS_timerfd_settime, SYS_unlink, SYS_unlinkat,
-    SYS_write, SYS_writev,
+    SYS_connect, SYS_eventfd2, SYS_exit, SYS_exit_group, SYS_fallocate, SYS_fcntl, SYS_fdatasync, SYS_flock,
+    SYS_fstat, SYS_fsync, SYS_ftruncate, SYS_futex, SYS_getpeername, SYS_getpgrp, SYS_getpid, SYS_getrandom,
+    SYS_getsockname, SYS_getsockopt, SYS_gettid, SYS_io_uring_enter, SYS_io_uring_register,
+    SYS_io_uring_setup, SYS_ioctl, SYS_listen, SYS_lseek, SYS_madvise, SYS_memfd_create, SYS_mmap,
+    SYS_mprotect, SYS_mremap, SYS_munmap, SYS_nanosleep, SYS_newfstatat, SYS_openat, SYS_poll, SYS_ppoll,
+    SYS_prctl, SYS_pread64, SYS_preadv, SYS_pwrite64, SYS_pwritev, SYS_read, SYS_readv, SYS_recvfrom,
+    SYS_recvmsg, SYS_restart_syscall, SYS_rmdir, SYS_rseq, SYS_rt_sigaction, SYS_rt_sigprocmask,
+    SYS_rt_sigreturn, SYS_sched_getaffinity, SYS_sched_yield, SYS_seccomp, SYS_sendmsg, SYS_sendto,
+    SYS_set_robust_list, SYS_setsockopt, SYS_shutdown, SYS_sigaltstack, SYS_socket, SYS_statx, SYS_tgkill,
+    SYS_unlink, SYS_unlinkat, SYS_write, SYS_writev,
 };
 
 /// A permitted system call.
@@ -118,7 +117,6 @@ const EVERY: &[Call] = &[
 const VCPU: &[Call] = &[
     KVM_IOCTLS,
     any(SYS_eventfd2),
-    any(SYS_timerfd_settime),
     // A balloon that gives pages back, RAM that is cleared at a reset.
     any(SYS_fallocate),
 ];
@@ -164,17 +162,7 @@ const NET: &[Call] = &[TTY_AND_TUN_IOCTLS];
 const DEVICE: &[Call] = &[any(SYS_fallocate)];
 
 /// Waiting for several things at once.
-const EVENTS: &[Call] = &[
-    any(SYS_epoll_create1),
-    any(SYS_epoll_ctl),
-    any(SYS_epoll_pwait),
-    any(SYS_epoll_wait),
-    any(SYS_eventfd2),
-    any(SYS_poll),
-    any(SYS_ppoll),
-    any(SYS_timerfd_create),
-    any(SYS_timerfd_settime),
-];
+const EVENTS: &[Call] = &[any(SYS_eventfd2), any(SYS_poll), any(SYS_ppoll)];
 
 /// Clients of a Unix socket.
 const SERVE: &[Call] = &[
