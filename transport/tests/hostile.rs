@@ -319,3 +319,27 @@ fn a_call_beyond_the_limits_is_refused_at_once() {
     client.until("the refusals", |c| c.answers.len() == 3);
     assert!(client.answers.iter().all(|answer| answer.status == Status::MALFORMED));
 }
+
+#[test]
+fn a_long_replay_as_setup_of_a_new_session_fits_whatever_is_held_back() {
+    let server = Server::start(Limits { requests: 8, bytes: 4 << 20, sessions: 4 });
+    let mut client = Client::new(server.address);
+    client.setup_first = 1000;
+    let once = |tag: u64, setup| Call {
+        once: true,
+        setup,
+        ..call(tag, COUNT, &tag.to_le_bytes(), Buffer::zeroed(100), 0)
+    };
+    for tag in 0..500 {
+        client.channel.submit(once(tag, false));
+    }
+    client.until("the opening", |c| c.opened == 1);
+    for tag in 1000..2000 {
+        client.channel.submit(once(tag, true));
+    }
+    client.until("all answers", |c| c.answers.len() == 1500);
+    assert!(client.lost.is_empty(), "{:?}", client.lost);
+    assert!(client.answers[..1000].iter().all(|answer| answer.tag >= 1000), "the set-up came first");
+    let tags: Vec<u64> = client.answers[1000..].iter().map(|answer| answer.tag).collect();
+    assert_eq!(tags, (0..500).collect::<Vec<_>>(), "then the rest in its order");
+}

@@ -69,8 +69,9 @@ pub(crate) struct Asker {
     used: Used,
     bulk: Used,
     table: Table,
-    setup: VecDeque<u64>,
-    queues: [VecDeque<u64>; 4],
+    /// Slots of calls that wait to go out.
+    setup: VecDeque<usize>,
+    queues: [VecDeque<usize>; 4],
     cancels: VecDeque<u64>,
     refused: Vec<Call>,
     incoming: Option<Incoming>,
@@ -132,24 +133,16 @@ impl Asker {
         if let Some(deadline) = call.deadline {
             self.earliest = Some(self.earliest.map_or(deadline, |e| e.min(deadline)));
         }
-        let pending = Pending {
-            sent: false,
-            class: call.class,
-            once: call.once,
-            setup: call.setup,
-            cost: (call.payload.len() + call.answer.len()) as u64,
-            call: Some(call),
-        };
-        let (class, setup) = (pending.class, pending.setup);
-        let id = self.table.insert(pending);
-        self.queue(id, class, setup);
+        let (class, setup) = (call.class, call.setup);
+        let slot = self.table.insert(call);
+        self.queue(slot, class, setup);
     }
 
-    fn queue(&mut self, id: u64, class: Class, setup: bool) {
+    fn queue(&mut self, slot: usize, class: Class, setup: bool) {
         if setup {
-            self.setup.push_back(id);
+            self.setup.push_back(slot);
         } else {
-            self.queues[class as usize].push_back(id);
+            self.queues[class as usize].push_back(slot);
         }
     }
 
@@ -176,15 +169,15 @@ impl Asker {
         self.cancels.clear();
         self.setup.clear();
         self.queues.iter_mut().for_each(VecDeque::clear);
-        for id in self.table.ids() {
-            let Some(pending) = self.table.get_mut(id) else { continue };
+        for slot in self.table.in_order() {
+            let Some(pending) = self.table.get_mut(slot) else { continue };
             if pending.call.is_none() {
-                self.table.remove(id);
+                self.table.remove(slot);
                 continue;
             }
             pending.sent = false;
             let (class, setup) = (pending.class, pending.setup);
-            self.queue(id, class, setup);
+            self.queue(slot, class, setup);
         }
     }
 
@@ -264,24 +257,25 @@ impl Asker {
 
     fn expire(&mut self, now: Instant, expired: &mut impl FnMut(u64, bool)) {
         self.earliest = None;
-        for id in self.table.ids() {
-            let Some(pending) = self.table.get_mut(id) else { continue };
+        for slot in self.table.in_order() {
+            let Some(pending) = self.table.get_mut(slot) else { continue };
             let Some(deadline) = pending.call.as_ref().and_then(|call| call.deadline) else { continue };
             if deadline > now {
                 self.earliest = Some(self.earliest.map_or(deadline, |e| e.min(deadline)));
                 continue;
             }
+            let id = pending.id;
             expired(id, self.incoming.as_ref().is_some_and(|incoming| incoming.id == id));
             let Some(call) = pending.call.take() else { continue };
             if pending.sent {
                 // The entry stays until the peer answers or the connection ends: the credit is in use.
-                self.table.finish_once(id);
+                self.table.confirm(id);
                 self.cancels.push_back(id);
             } else {
                 let (class, setup) = (pending.class, pending.setup);
-                self.table.remove(id);
+                self.table.remove(slot);
                 let queue = if setup { &mut self.setup } else { &mut self.queues[class as usize] };
-                queue.retain(|other| *other != id);
+                queue.retain(|other| *other != slot);
             }
             self.events.push(Event::Answer(answer(call, Status::DEADLINE)));
         }
@@ -290,8 +284,8 @@ impl Asker {
     /// Takes everything back that has no answer, and asks for a goodbye to go out.
     pub(crate) fn close(&mut self) -> Vec<Call> {
         let mut calls = Vec::new();
-        for id in self.table.ids() {
-            calls.extend(self.table.remove(id).and_then(|pending| pending.call));
+        for slot in self.table.in_order() {
+            calls.extend(self.table.remove(slot).and_then(|pending| pending.call));
         }
         calls.append(&mut self.refused);
         self.disconnected();
@@ -320,11 +314,12 @@ impl Asker {
             self.events.push(Event::Resumed);
             return Ok(());
         }
-        for id in std::mem::take(&mut self.setup) {
-            if let Some(call) = self.table.remove(id).and_then(|pending| pending.call) {
+        for slot in std::mem::take(&mut self.setup) {
+            if let Some(call) = self.table.remove(slot).and_then(|pending| pending.call) {
                 self.events.push(Event::Answer(answer(call, Status::CANCELLED)));
             }
         }
+        self.table.forget_ids();
         self.serial = hello.serial;
         self.set_up = false;
         self.phase = Phase::Setup;
@@ -354,7 +349,7 @@ impl Asker {
         Outgoing { id: 0, ..frame(&header, body, Buffer::empty(), 0) }
     }
 
-    /// Whether `id` may go out by the credit that is left.
+    /// Whether a request may go out by the credit that is left.
     fn affordable(&self, pending: &Pending) -> bool {
         let fits = |used: &Used, requests: u32, bytes: u64| {
             used.requests < requests && used.bytes + pending.cost <= bytes
@@ -365,27 +360,34 @@ impl Asker {
             && (pending.class != Class::Bulk || fits(&self.bulk, (requests / 2).max(1), bytes / 2))
     }
 
-    /// The frame of the request at the head of a queue, if it may go out.
-    fn request(&mut self, id: u64) -> Option<Outgoing> {
-        let acked = self.table.acked();
-        let pending = self.table.get(id)?;
-        if !self.affordable(pending) {
+    /// Whether the peer may have to remember one more request, if this is a new one of `once`.
+    fn rememberable(&self, slot: usize) -> bool {
+        let new_once = self.table.get(slot).is_some_and(|pending| pending.once && pending.id == 0);
+        !new_once || self.table.unconfirmed() < self.grant.window as usize
+    }
+
+    /// The frame of the request in `slot`, if it may go out.
+    fn request(&mut self, slot: usize) -> Option<Outgoing> {
+        if !self.affordable(self.table.get(slot)?) {
             return None;
         }
-        let cost = pending.cost;
-        let bulk = pending.class == Class::Bulk;
+        self.table.number(slot);
+        let acked = self.table.acked();
+        let pending = self.table.get_mut(slot)?;
         let call = pending.call.as_ref()?;
         let header = Header {
             class: call.class,
             code: call.opcode,
             flags: if call.once { Flags::ONCE } else { 0 },
             answer_len: call.answer.len() as u32,
-            id,
+            id: pending.id,
             acked,
             ..Header::new(Kind::Request)
         };
-        let out = frame(&header, &call.body, call.payload.slice(0, call.payload.len())?, cost);
-        self.table.get_mut(id)?.sent = true;
+        let payload = call.payload.slice(0, call.payload.len())?;
+        let out = frame(&header, &call.body, payload, pending.cost);
+        pending.sent = true;
+        let (cost, bulk) = (pending.cost, pending.class == Class::Bulk);
         for used in std::iter::once(&mut self.used).chain(bulk.then_some(&mut self.bulk)) {
             used.requests += 1;
             used.bytes += cost;
@@ -394,8 +396,11 @@ impl Asker {
     }
 
     fn next_request(&mut self) -> Option<Outgoing> {
-        if let Some(id) = self.setup.front().copied() {
-            let out = self.request(id)?;
+        if let Some(slot) = self.setup.front().copied() {
+            if !self.rememberable(slot) {
+                return None;
+            }
+            let out = self.request(slot)?;
             self.setup.pop_front();
             return Some(out);
         }
@@ -403,13 +408,12 @@ impl Asker {
             return None;
         }
         for class in 0..self.queues.len() {
-            let Some(id) = self.queues[class].front().copied() else { continue };
-            let once = self.table.get(id).is_some_and(|pending| pending.once);
-            if once && !self.table.in_window(id, self.grant.window) {
+            let Some(slot) = self.queues[class].front().copied() else { continue };
+            if !self.rememberable(slot) {
                 continue;
             }
             // Without credit for it nothing less urgent goes out either: it would take what comes back.
-            let out = self.request(id)?;
+            let out = self.request(slot)?;
             self.queues[class].pop_front();
             return Some(out);
         }
@@ -439,7 +443,8 @@ impl Peer for Asker {
             }
             Kind::Request | Kind::Cancel => return Err(Fault::Protocol("a request from the answering side")),
         }
-        let Some(pending) = self.table.get(header.id).filter(|pending| pending.sent) else {
+        let pending = self.table.find(header.id).and_then(|slot| self.table.get(slot));
+        let Some(pending) = pending.filter(|pending| pending.sent) else {
             return Err(Fault::Protocol("a reply to something that was not asked"));
         };
         let received = header.payload_len as usize;
@@ -462,7 +467,7 @@ impl Peer for Asker {
 
     fn end(&mut self) {
         let Some(Incoming { id, status, body, received }) = self.incoming.take() else { return };
-        let Some(pending) = self.table.remove(id) else { return };
+        let Some(pending) = self.table.find(id).and_then(|slot| self.table.remove(slot)) else { return };
         let bulk = pending.class == Class::Bulk;
         for used in std::iter::once(&mut self.used).chain(bulk.then_some(&mut self.bulk)) {
             used.requests = used.requests.saturating_sub(1);

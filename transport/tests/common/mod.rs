@@ -196,6 +196,8 @@ pub struct Client {
     pub opened: u32,
     pub resumed: u32,
     pub lost: Vec<String>,
+    /// A new session is ready after so many answers.
+    pub setup_first: usize,
 }
 
 impl Client {
@@ -213,7 +215,7 @@ impl Client {
             retry_most: Duration::from_millis(50),
         };
         let channel = Channel::new(config, &mut ring);
-        Self { ring, channel, answers: Vec::new(), opened: 0, resumed: 0, lost: Vec::new() }
+        Self { ring, channel, answers: Vec::new(), opened: 0, resumed: 0, lost: Vec::new(), setup_first: 0 }
     }
 
     /// One round of the ring, of at most `most`.
@@ -232,11 +234,18 @@ impl Client {
             match event {
                 Event::Opened { .. } => {
                     self.opened += 1;
-                    self.channel.ready();
+                    if self.setup_first == 0 {
+                        self.channel.ready();
+                    }
                 }
                 Event::Resumed => self.resumed += 1,
                 Event::Lost { reason } => self.lost.push(reason),
-                Event::Answer(answer) => self.answers.push(answer),
+                Event::Answer(answer) => {
+                    self.answers.push(answer);
+                    if self.setup_first == self.answers.len() {
+                        self.channel.ready();
+                    }
+                }
             }
         }
     }
