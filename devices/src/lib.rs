@@ -7,6 +7,8 @@
 
 pub mod bus;
 pub mod disk;
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod irq;
 pub mod lifecycle;
 pub mod pci;

@@ -14,7 +14,8 @@ use serde_json::Value;
 use self::backend::BlkBackend;
 pub use self::counters::{Counters, OperationCounters, Snapshot};
 use super::worker::Worker;
-use super::{Activation, Interrupts, Returned, VirtioDevice};
+use super::{Activation, Chain, Interrupts, Returned, VirtioDevice};
+use crate::GuestMemory;
 use crate::disk::{Disk, Geometry};
 use crate::thread::Role;
 
@@ -91,6 +92,16 @@ impl Blk {
     #[must_use]
     pub fn counters(&self) -> Arc<Counters> {
         self.counters.clone()
+    }
+}
+
+/// Parses whatever is in `chain`, for fuzzing; what is accepted must lie on the disk.
+#[doc(hidden)]
+pub fn fuzz_parse(chain: &mut Chain, memory: &GuestMemory, geometry: &Geometry) {
+    let all = feature::FLUSH | feature::DISCARD | feature::WRITE_ZEROES;
+    let Ok(parsed) = request::parse(chain, memory, geometry, all) else { return };
+    if let Ok(request::Wanted::Disk { offset, len, .. }) = parsed.wanted {
+        assert!(offset.checked_add(len).is_some_and(|end| end <= geometry.size));
     }
 }
 

@@ -84,9 +84,25 @@ impl Harness {
         }
         bus.insert(Range { base: ECAM, len: 1 << 20 }, root.ecam()).expect("ECAM is free");
         let mut harness = Self { memory, routes, doorbells, function, root, bus, bar: 0 };
-        harness.bar = u64::from(harness.read_config(0x10) & !0xf);
-        harness.write_config(0x04, 0x0006);
+        harness.enable();
         harness
+    }
+
+    /// Finds the BAR where it is at power-on, and has it decoded.
+    fn enable(&mut self) {
+        self.bar = u64::from(self.read_config(0x10) & !0xf);
+        self.write_config(0x04, 0x0006);
+    }
+
+    /// Resets the machine, as a PC's reset does, and starts it again.
+    ///
+    /// # Panics
+    /// The device does not let go.
+    pub fn power_cycle(&mut self) {
+        self.function.reset().expect("the device resets");
+        self.root.reset().expect("the root resets");
+        self.enable();
+        self.function.start().expect("the device starts");
     }
 
     /// A double word of the device's configuration space.
