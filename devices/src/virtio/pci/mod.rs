@@ -256,3 +256,6 @@ impl Drop for VirtioPci {
         self.move_doorbells(registered, None);
     }
 }
+
+#[cfg(test)]
+mod pci_test;
