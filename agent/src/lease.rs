@@ -150,8 +150,11 @@ impl Table {
         if let Some(holder) = holder
             && activity.idle < self.ttl
         {
-            let wait = if activity.connected { Duration::ZERO } else { self.ttl - activity.idle };
-            let state = if activity.connected { "is connected" } else { "went away without giving it back" };
+            // A holder renews after a third of the time: one that has not after half of it may be gone, even if
+            // nobody has noticed yet that its connection is dead.
+            let alive = activity.connected && activity.idle < self.ttl / 2;
+            let wait = if alive { Duration::ZERO } else { self.ttl - activity.idle };
+            let state = if alive { "is connected" } else { "went away without giving it back" };
             return Err(Refused::Leased { wait, why: format!("{} holds it and {state}", holder.name) });
         }
         let holder = Some(Holder { id: asked.holder, name: asked.name.clone() });

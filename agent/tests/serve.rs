@@ -69,7 +69,7 @@ fn a_volume_that_is_leased_is_refused_with_its_holders_name() {
     first.write(0, &[1; 512]).expect("it writes");
     let error = agent.connect("v").err().expect("refused").to_string();
     assert!(error.contains("leased") && error.contains("guest@test"), "{error}");
-    drop(first);
+    first.close();
     let mut second = agent.disk("v");
     assert_eq!(second.read(0, 512), [1; 512], "a lease that was given back is free at once");
 }

@@ -137,6 +137,11 @@ enum State {
     Closed,
 }
 
+fn new_session(config: &Config, now: Instant) -> Asker {
+    let dead_after = config.dead_after.max(Duration::from_millis(30));
+    Asker::new(Identity::of_this_process(&config.name), random(), dead_after, now)
+}
+
 /// The token of the resolver's bell.
 const BELL: u64 = (1 << 48) - 1;
 
@@ -148,8 +153,7 @@ impl Channel {
     #[must_use]
     pub fn new(config: Config, ring: &mut Ring) -> Self {
         let now = Instant::now();
-        let dead_after = config.dead_after.max(Duration::from_millis(30));
-        let core = Asker::new(Identity::of_this_process(&config.name), random(), dead_after, now);
+        let core = new_session(&config, now);
         let pause = config.retry_first;
         Self {
             config,
@@ -366,6 +370,18 @@ impl Channel {
         let said = self.core.farewell().map(Fault::Goodbye);
         self.core.disconnected();
         events.push(Event::Lost { reason: said.as_ref().unwrap_or(fault).to_string() });
+    }
+
+    /// Opens a channel that was [closed](Self::close) again, with a new session. Threads that it has started
+    /// are kept, so a confined thread may do this.
+    pub fn reopen(&mut self) {
+        if matches!(self.state, State::Closed) {
+            let now = Instant::now();
+            self.core = new_session(&self.config, now);
+            self.state = State::Idle(now);
+            self.pause = self.config.retry_first;
+            (self.heard, self.doubtful, self.fault) = (false, false, None);
+        }
     }
 
     /// How many calls have no answer yet.

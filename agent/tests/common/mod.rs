@@ -200,3 +200,10 @@ impl Driver {
         self.ask(Operation::Flush, 0, 0, Buffer::empty()).result
     }
 }
+
+impl Driver {
+    /// Ends the use of the disk, as a device does when its guest ends.
+    pub fn close(mut self) {
+        self.disk.close(&mut self.ring);
+    }
+}

@@ -62,6 +62,10 @@ impl Disk for DelayDisk {
         self.inner.abort(ring, done);
     }
 
+    fn close(&mut self, ring: &mut Ring) {
+        self.inner.close(ring);
+    }
+
     fn describe(&self) -> String {
         format!("{}, delayed by {:?}", self.inner.describe(), self.delay)
     }

@@ -68,6 +68,10 @@ impl Disk for FaultDisk {
         self.inner.abort(ring, done);
     }
 
+    fn close(&mut self, ring: &mut Ring) {
+        self.inner.close(ring);
+    }
+
     fn describe(&self) -> String {
         format!("{}, with faults", self.inner.describe())
     }

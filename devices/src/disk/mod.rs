@@ -132,6 +132,10 @@ pub trait Disk: Send {
     /// touches its buffer afterwards. May block until the kernel lets go.
     fn abort(&mut self, ring: &mut Ring, done: &mut Vec<Done>);
 
+    /// Ends the use of the disk, with nothing in flight, and gives back what it holds elsewhere, such as a
+    /// lease. May block for a bounded time. Nothing is called afterwards.
+    fn close(&mut self, _ring: &mut Ring) {}
+
     /// One line for people: what and where this disk is, and how it does.
     fn describe(&self) -> String;
 }

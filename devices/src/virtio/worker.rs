@@ -93,6 +93,9 @@ pub(crate) trait Backend: Send + 'static {
     /// The queues are about to be handed back, and nothing is in flight: chains that were taken in
     /// advance are [put back](Virtqueue::put_back).
     fn let_go(&mut self, _queues: &mut Queues) {}
+
+    /// The worker ends, and nothing is in flight.
+    fn close(&mut self, _ring: &mut Ring) {}
 }
 
 type Call<B> = Box<dyn FnOnce(&mut B, Option<&mut Queues>) + Send>;
@@ -254,6 +257,7 @@ impl<B: Backend> Loop<B> {
             self.signal();
             self.leave(now);
             if self.quit && self.active.is_none() {
+                self.backend.close(&mut self.ring);
                 return;
             }
             let until =

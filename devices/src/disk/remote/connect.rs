@@ -14,7 +14,10 @@ use crate::disk::volume::{Acquire, Acquired, Lease, Malformed, Open, Opened, Ref
 pub const DEFAULT_PORT: u16 = 7420;
 
 /// How long giving a lease back may take at the end.
-const RELEASE_TIMEOUT: Duration = Duration::from_secs(2);
+pub(super) const RELEASE_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// A holder that was just killed may look connected for so long.
+const GRACE: Duration = Duration::from_secs(1);
 
 /// The volume cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -133,7 +136,7 @@ impl Meeting<'_> {
     fn acquire(&mut self) -> Result<Acquired, ConnectError> {
         let Options { volume, holder, name, .. } = self.options;
         let acquire = Acquire { volume: volume.clone(), holder: *holder, expected: 0, name: name.clone() };
-        let mut told = false;
+        let (started, mut told) = (Instant::now(), false);
         loop {
             let reply = self.call(opcode::ACQUIRE, &acquire.encode())?;
             if reply.status == Status::OK {
@@ -141,8 +144,13 @@ impl Meeting<'_> {
             }
             let wait = Refusal::decode(&reply.body).map_or(Duration::ZERO, |r| r.wait);
             let left = self.until.saturating_duration_since(Instant::now());
-            if reply.status != status::LEASED || wait.is_zero() || wait > left {
+            let given_grace = wait.is_zero() && started.elapsed() < GRACE;
+            if reply.status != status::LEASED || (wait.is_zero() && !given_grace) || wait > left {
                 return Err(self.refused(&reply));
+            }
+            if given_grace {
+                std::thread::sleep(GRACE / 10);
+                continue;
             }
             if !told {
                 tracing::info!(%volume, ?wait, "The lease's last holder is gone; waiting until it expires");

@@ -42,6 +42,8 @@ pub(super) enum Tag {
     Setup(u64),
     /// The renewal of the lease.
     Renewal,
+    /// The lease, given back.
+    Release,
 }
 
 impl Tag {
@@ -50,6 +52,7 @@ impl Tag {
             Self::Frame(index) => (index as u64) << 2,
             Self::Setup(number) => number << 2 | 1,
             Self::Renewal => 2,
+            Self::Release => 3,
         }
     }
 
@@ -57,7 +60,8 @@ impl Tag {
         match number & 3 {
             0 => Self::Frame((number >> 2) as usize),
             1 => Self::Setup(number >> 2),
-            _ => Self::Renewal,
+            2 => Self::Renewal,
+            _ => Self::Release,
         }
     }
 }
@@ -209,6 +213,7 @@ impl Core {
                 Tag::Frame(index) => self.frame_answered(link, index, &answer, now, done),
                 Tag::Setup(number) => self.setup_answered(link, number, &answer, now),
                 Tag::Renewal => self.renewal_answered(&answer),
+                Tag::Release => {}
             },
         }
         if !self.waiting.is_empty() {
@@ -235,11 +240,16 @@ impl Core {
         if !self.waiting.is_empty() {
             self.pump(link, now, done);
         }
-        if self.setup.is_ready() && self.away_since.is_none() {
+        if self.is_serving() {
             next = self.renew(link, now, next);
             next = self.flush_old(link, now, next);
         }
         self.lose_patience(now, next)
+    }
+
+    /// Whether the agent serves requests now.
+    pub(super) fn is_serving(&self) -> bool {
+        self.failure.is_none() && self.setup.is_ready() && self.away_since.is_none()
     }
 
     /// Requests are served again.

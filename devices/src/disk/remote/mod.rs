@@ -18,11 +18,13 @@ use std::time::{Duration, Instant};
 
 use transport::channel::{Call, Channel, Config, Event};
 use transport::ring::{Completion, Ring};
+use transport::wire::Class;
 
 pub use connect::{ConnectError, DEFAULT_PORT, connect, with_port};
 pub use counters::{Counters, Latencies, Snapshot};
 
-use self::core::{Core, Failure, Link};
+use self::core::{Core, Failure, Link, Tag};
+use super::volume::{Lease, opcode};
 use super::{Disk, Done, Error, Geometry, Request};
 
 /// What a guest's request meets when the agent was away for longer than the disk's patience.
@@ -90,7 +92,7 @@ impl Options {
     }
 }
 
-/// A volume on another PC. Made by [`connect`]; gives its lease back when it is dropped.
+/// A volume on another PC. Made by [`connect`]; gives its lease back when it is closed.
 pub struct RemoteDisk {
     core: Core,
     channel: Option<Channel>,
@@ -139,7 +141,8 @@ impl RemoteDisk {
         self.core.give_up(|| failure.error(), done);
         if let Failure::Unreachable(_) = failure {
             // A new session: what the old one left behind on the agent ends before this one is served.
-            self.channel = Some(Channel::new(self.core.options.channel(), ring));
+            channel.reopen();
+            self.channel = Some(channel);
         }
     }
 }
@@ -150,8 +153,12 @@ impl Disk for RemoteDisk {
     }
 
     fn attach(&mut self, ring: &mut Ring) -> Result<(), Error> {
-        self.channel = Some(Channel::new(self.core.options.channel(), ring));
-        self.core.away_since = Some(Instant::now());
+        let now = Instant::now();
+        let mut channel = Channel::new(self.core.options.channel(), ring);
+        // The first tick may start a thread, which this thread may not do any more once it is confined.
+        channel.tick(ring, now, &mut self.events);
+        self.channel = Some(channel);
+        self.core.away_since = Some(now);
         Ok(())
     }
 
@@ -203,9 +210,19 @@ impl Disk for RemoteDisk {
         let given_up = || Error::Io(std::io::Error::from_raw_os_error(libc::ECANCELED));
         self.core.give_up(|| failure.as_ref().map_or_else(given_up, Failure::error), done);
         if !matches!(failure, Some(Failure::Fenced(_))) {
-            self.channel = Some(Channel::new(self.core.options.channel(), ring));
+            channel.reopen();
+            self.channel = Some(channel);
             self.core.away_since.get_or_insert_with(Instant::now);
         }
+    }
+
+    fn close(&mut self, ring: &mut Ring) {
+        let Some(mut channel) = self.channel.take() else { return };
+        if self.core.is_serving() {
+            give_back(&mut channel, ring, self.core.lease);
+        }
+        channel.close(ring);
+        self.reachable = false;
     }
 
     fn describe(&self) -> String {
@@ -218,10 +235,41 @@ impl Disk for RemoteDisk {
     }
 }
 
+/// Gives the lease back over the connection that is there, so that the next holder need not wait until it
+/// expires.
+fn give_back(channel: &mut Channel, ring: &mut Ring, lease: Lease) {
+    let until = Instant::now() + connect::RELEASE_TIMEOUT;
+    let base = core::call(Tag::Release, opcode::RELEASE, Class::Control, lease.encode());
+    channel.submit(Call { deadline: Some(until), ..base });
+    let (mut events, mut others) = (Vec::new(), Vec::new());
+    loop {
+        let now = Instant::now();
+        let next = channel.tick(ring, now, &mut events).unwrap_or(until).min(until);
+        let is_end = |event: &Event| match event {
+            Event::Answer(answer) => answer.tag == Tag::Release.number(),
+            Event::Lost { .. } => true,
+            Event::Opened { .. } | Event::Resumed => false,
+        };
+        if events.drain(..).any(|event| is_end(&event)) || now >= until {
+            break;
+        }
+        if ring.wait(Some(next.saturating_duration_since(now))).is_err() {
+            break;
+        }
+        while let Some(completion) = ring.reap() {
+            if !channel.complete(ring, completion, &mut events) {
+                others.push(completion);
+            }
+        }
+    }
+    ring.put_back(others);
+}
+
 impl Drop for RemoteDisk {
     fn drop(&mut self) {
         let fenced = matches!(self.core.failure, Some(Failure::Fenced(_)));
-        if self.reachable && !fenced {
+        // A disk that was attached gives its lease back when it is closed; this is for one that never was.
+        if self.reachable && !fenced && self.channel.is_none() {
             connect::release(&self.core.options, self.core.lease);
         }
     }

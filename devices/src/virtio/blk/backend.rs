@@ -223,6 +223,10 @@ impl Backend for BlkBackend {
         self.in_flight.len()
     }
 
+    fn close(&mut self, ring: &mut Ring) {
+        self.disk.close(ring);
+    }
+
     fn abort(&mut self, ring: &mut Ring, queues: &mut Queues) {
         self.disk.abort(ring, &mut self.done);
         // What was finished in the end is answered; the rest stays with the queue.
