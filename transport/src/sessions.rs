@@ -202,3 +202,89 @@ impl Identity {
         Self { name: name.to_owned(), instance: random(), boot }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicU32;
+
+    use super::*;
+
+    struct Party {
+        claimant: Claimant,
+        cuts: Arc<AtomicU32>,
+        wakes: Arc<AtomicU32>,
+    }
+
+    fn party(sessions: &Sessions) -> Party {
+        let (cuts, wakes) = (Arc::new(AtomicU32::new(0)), Arc::new(AtomicU32::new(0)));
+        let (cut, wake) = (cuts.clone(), wakes.clone());
+        let claimant = Claimant {
+            number: sessions.number(),
+            cut: Arc::new(move || {
+                cut.fetch_add(1, Ordering::Relaxed);
+            }),
+            wake: Arc::new(move || {
+                wake.fetch_add(1, Ordering::Relaxed);
+            }),
+        };
+        Party { claimant, cuts, wakes }
+    }
+
+    fn sessions(most: usize) -> Arc<Sessions> {
+        Sessions::new("test", Limits { sessions: most, ..Limits::default() })
+    }
+
+    fn granted(claim: Claim) -> (u64, bool, Records) {
+        match claim {
+            Claim::Granted { serial, resumed, records } => (serial, resumed, records),
+            _ => panic!("the session is free"),
+        }
+    }
+
+    #[test]
+    fn a_newer_connection_cuts_the_older_one_and_waits_for_its_requests() {
+        let sessions = sessions(4);
+        let (old, middle, new) = (party(&sessions), party(&sessions), party(&sessions));
+        let (serial, resumed, mut records) = granted(sessions.claim(1, 0, &old.claimant));
+        assert!(!resumed);
+        assert!(matches!(sessions.claim(1, serial, &middle.claimant), Claim::Wait));
+        assert_eq!(old.cuts.load(Ordering::Relaxed), 1);
+        assert!(matches!(sessions.claim(1, serial, &new.claimant), Claim::Wait));
+        assert_eq!(middle.wakes.load(Ordering::Relaxed), 1);
+        assert!(matches!(sessions.claim(1, serial, &middle.claimant), Claim::Superseded));
+        records.finished.insert(9, (Status::OK, Body::new()));
+        sessions.release(1, old.claimant.number, Some(records));
+        assert_eq!(new.wakes.load(Ordering::Relaxed), 1);
+        let (same, resumed, records) = granted(sessions.claim(1, serial, &new.claimant));
+        assert_eq!((same, resumed, records.finished.len()), (serial, true, 1));
+        assert!(matches!(sessions.claim(1, serial, &old.claimant), Claim::Superseded));
+    }
+
+    #[test]
+    fn a_session_goes_on_only_in_the_life_that_both_sides_know() {
+        let sessions = sessions(4);
+        let (first, second, third) = (party(&sessions), party(&sessions), party(&sessions));
+        let (serial, _, mut records) = granted(sessions.claim(1, 0, &first.claimant));
+        records.finished.insert(9, (Status::OK, Body::new()));
+        sessions.release(1, first.claimant.number, Some(records));
+        let (other, resumed, records) = granted(sessions.claim(1, serial ^ 1, &second.claimant));
+        assert!(!resumed && other != serial && records.finished.is_empty());
+        sessions.release(1, second.claimant.number, None);
+        let (_, resumed, _) = granted(sessions.claim(1, other, &third.claimant));
+        assert!(!resumed, "a session that is over does not go on");
+    }
+
+    #[test]
+    fn the_session_longest_without_a_connection_makes_room() {
+        let sessions = sessions(2);
+        let parties: Vec<Party> = (0..5).map(|_| party(&sessions)).collect();
+        let (one, _, records) = granted(sessions.claim(1, 0, &parties[0].claimant));
+        sessions.release(1, parties[0].claimant.number, Some(records));
+        let (two, _, records) = granted(sessions.claim(2, 0, &parties[1].claimant));
+        sessions.release(2, parties[1].claimant.number, Some(records));
+        granted(sessions.claim(3, 0, &parties[2].claimant));
+        let (_, resumed, _) = granted(sessions.claim(2, two, &parties[3].claimant));
+        assert!(resumed, "the younger one stayed");
+        assert!(matches!(sessions.claim(1, one, &parties[4].claimant), Claim::Full));
+    }
+}

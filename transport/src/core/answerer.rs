@@ -39,6 +39,7 @@ struct InFlight {
     once: bool,
     cost: u64,
     answer_len: usize,
+    cancelled: bool,
 }
 
 /// A request that is coming in.
@@ -361,7 +362,9 @@ impl Peer for Answerer {
             Kind::Request => return self.request(header, body),
             Kind::Cancel => {
                 self.records.confirm(header.acked);
-                if self.in_flight.contains_key(&header.id) {
+                let request = self.in_flight.get_mut(&header.id);
+                if let Some(request) = request.filter(|request| !request.cancelled) {
+                    request.cancelled = true;
                     self.events.push(Event::Cancel { id: header.id });
                 }
             }
@@ -382,7 +385,8 @@ impl Peer for Answerer {
     fn end(&mut self) {
         let Some(Incoming { request, once }) = self.incoming.take() else { return };
         let cost = (request.payload.len() + request.answer_len) as u64;
-        let entry = InFlight { class: request.class, once, cost, answer_len: request.answer_len };
+        let entry =
+            InFlight { class: request.class, once, cost, answer_len: request.answer_len, cancelled: false };
         self.once_in_flight += usize::from(once);
         self.in_flight.insert(request.id, entry);
         self.events.push(Event::Request(request));

@@ -68,6 +68,8 @@ struct World {
     submitted: u64,
     opened: u32,
     resumed: u32,
+    /// Set-up calls that the present session waits for before it is ready.
+    setting_up: HashSet<u64>,
 }
 
 impl World {
@@ -88,10 +90,11 @@ impl World {
             submitted: 0,
             opened: 0,
             resumed: 0,
+            setting_up: HashSet::new(),
         }
     }
 
-    fn submit(&mut self) {
+    fn submit(&mut self, setup: bool) -> u64 {
         let number = self.submitted;
         self.submitted += 1;
         let class = [Class::Urgent, Class::Normal, Class::Control, Class::Bulk][self.dice.roll(4) as usize];
@@ -114,8 +117,21 @@ impl World {
             answer: Buffer::zeroed(answer),
             once,
             deadline,
-            setup: false,
+            setup,
         });
+        number
+    }
+
+    /// A new session: some calls bring the server's state back before everything else.
+    fn set_up(&mut self) {
+        assert!(self.setting_up.is_empty(), "the earlier set-up was given back");
+        for _ in 0..self.dice.roll(20) {
+            let number = self.submit(true);
+            self.setting_up.insert(number);
+        }
+        if self.setting_up.is_empty() {
+            self.client.ready();
+        }
     }
 
     fn client_events(&mut self) {
@@ -125,13 +141,22 @@ impl World {
             match event {
                 channel::Event::Opened { .. } => {
                     self.opened += 1;
-                    self.client.ready();
+                    self.set_up();
                 }
                 channel::Event::Resumed => self.resumed += 1,
                 channel::Event::Lost { reason } => panic!("the core loses nothing by itself: {reason}"),
                 channel::Event::Answer(answer) => {
                     let earlier = self.answered.insert(answer.tag, answer.status);
                     assert_eq!(earlier, None, "call {} is answered once", answer.tag);
+                    let setup = self.setting_up.remove(&answer.tag);
+                    if setup && answer.status == Status::CANCELLED {
+                        continue;
+                    }
+                    if setup && self.setting_up.is_empty() {
+                        self.client.ready();
+                    }
+                    let held = !setup && answer.status == Status::OK && !self.setting_up.is_empty();
+                    assert!(!held, "call {} waits until the session is set up", answer.tag);
                     if answer.status == Status::OK {
                         assert_eq!(answer.body.as_slice(), answer.tag.to_le_bytes());
                         let bytes = answer.answer.to_vec();
@@ -179,7 +204,7 @@ impl World {
         self.now += Duration::from_micros(self.dice.roll(200));
         let most = 1 + [0, 40, 30_000, 500_000][self.dice.roll(4) as usize] as usize;
         match self.dice.roll(100) {
-            0..5 if self.submitted < CALLS => self.submit(),
+            0..5 if self.submitted < CALLS => drop(self.submit(false)),
             0..10 => self.tick(),
             10..30 => self.client_sends(most),
             30..50 => self.server_receives(most),
@@ -344,7 +369,7 @@ fn run(seed: u64) -> (u32, u32) {
     let mut world = World::new(seed);
     for _ in 0..400_000 {
         world.step();
-        if world.submitted == CALLS && world.answered.len() as u64 == CALLS {
+        if world.submitted >= CALLS && world.answered.len() as u64 == world.submitted {
             break;
         }
     }
