@@ -94,11 +94,10 @@ fn run(arguments: &[&str]) -> std::io::Result<(Reader, bool)> {
         .args(arguments)
         .stdout(Stdio::piped())
         .spawn()?;
+    let output = child.stdout.take().ok_or(std::io::ErrorKind::BrokenPipe)?;
     let mut reader = Reader::default();
     let mut inside_success = false;
-    for line in
-        BufReader::new(child.stdout.take().into_iter().next().ok_or(std::io::ErrorKind::BrokenPipe)?).lines()
-    {
+    for line in BufReader::new(output).lines() {
         let line = line?;
         reader.line(&line);
         // `--show-output` repeats what passing tests printed; only their skips are of interest.
@@ -118,14 +117,20 @@ fn run(arguments: &[&str]) -> std::io::Result<(Reader, bool)> {
 fn main() -> ExitCode {
     let start = Instant::now();
     let common = ["--locked", "--no-fail-fast"];
-    let groups: [(&str, Kind, &[&str], &[&str]); 2] = [
+    let groups: [(&str, Kind, &[&str], &[&str]); 3] = [
         (
             "unit, micro-guest and fuzz-corpus tests",
             Kind::Unit,
             &["--workspace", "--exclude", "omega-lab"],
             &["--show-output"],
         ),
-        ("lab tests", Kind::Lab, &["-p", "omega-lab"], &["--show-output", "--test-threads=1"]),
+        (
+            "unit tests of the lab, and the workspace's rules",
+            Kind::Unit,
+            &["-p", "omega-lab", "--lib", "--bins", "--test", "dependencies"],
+            &["--show-output"],
+        ),
+        ("lab tests", Kind::Lab, &["-p", "omega-lab", "--test", "end-to-end"], &[]),
     ];
     let only: Vec<String> = std::env::args().skip(1).collect();
     let mut tallies: BTreeMap<Kind, Tally> = BTreeMap::new();
@@ -139,8 +144,10 @@ fn main() -> ExitCode {
         println!("== {title}");
         let mut arguments = common.to_vec();
         arguments.extend(selection);
-        arguments.push("--");
-        arguments.extend(options);
+        if !options.is_empty() {
+            arguments.push("--");
+            arguments.extend(options);
+        }
         let (reader, success) = match run(&arguments) {
             Ok(outcome) => outcome,
             Err(error) => {
