@@ -6,8 +6,9 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use serde::{Deserialize, Serialize};
 
 use super::{BarKind, Bars, ConfigSpace, Identity, PciFunction};
-use crate::bus::{Action, BusDevice, Outcome, Range};
+use crate::bus::{BusDevice, Outcome, Range};
 use crate::lifecycle::{DeviceState, Error, Lifecycle};
+use crate::platform::ResetControl;
 
 /// How many devices fit on the bus.
 pub(super) const SLOTS: usize = 32;
@@ -41,6 +42,8 @@ struct Shared {
     free: Mutex<Vec<u64>>,
     /// CONFIG_ADDRESS, port 0xcf8.
     address: AtomicU32,
+    /// The one register of the chipset that lies among the bus's ports.
+    reset_control: ResetControl,
 }
 
 /// The root complex with bus 0. Functions are added while the machine is assembled.
@@ -56,7 +59,8 @@ impl PciRoot {
         let free = Mutex::new(windows.iter().map(|window| window.base).collect());
         let slots = [const { OnceLock::new() }; SLOTS];
         let _ = slots[0].set(Arc::new(HostBridge::new()) as Arc<dyn PciFunction>);
-        Self { shared: Arc::new(Shared { slots, windows, free, address: AtomicU32::new(0) }) }
+        let (address, reset_control) = (AtomicU32::new(0), ResetControl::default());
+        Self { shared: Arc::new(Shared { slots, windows, free, address, reset_control }) }
     }
 
     /// Puts `function` into `slot` (1 to 31) and places its BARs.
@@ -188,7 +192,6 @@ struct ConfigPorts(Arc<Shared>);
 
 const CONFIG_DATA: u64 = 4;
 const RESET_CONTROL: u64 = 1;
-const RESET_CPU: u8 = 1 << 2;
 const ADDRESS_ENABLE: u32 = 1 << 31;
 
 impl ConfigPorts {
@@ -207,6 +210,7 @@ impl ConfigPorts {
 impl BusDevice for ConfigPorts {
     fn read(&self, offset: u64, data: &mut [u8]) -> Outcome {
         match (offset, data.len(), self.decode(offset)) {
+            (RESET_CONTROL, 1, _) => return self.0.reset_control.read(0, data),
             (0, 4, _) => data.copy_from_slice(&self.0.address.load(Ordering::Acquire).to_le_bytes()),
             (_, _, Some(at)) => self.0.read_config(at, data),
             _ => data.fill(0xff),
@@ -217,10 +221,8 @@ impl BusDevice for ConfigPorts {
     fn write(&self, offset: u64, data: &[u8]) -> Outcome {
         if let (0, &[a, b, c, d]) = (offset, data) {
             self.0.address.store(u32::from_le_bytes([a, b, c, d]), Ordering::Release);
-        } else if let (RESET_CONTROL, &[value]) = (offset, data) {
-            if value & RESET_CPU != 0 {
-                return Outcome::Act(Action::Reset);
-            }
+        } else if let (RESET_CONTROL, [_]) = (offset, data) {
+            return self.0.reset_control.write(0, data);
         } else if let Some(at) = self.decode(offset) {
             return self.0.write_config(at, data);
         }
@@ -253,6 +255,7 @@ impl BusDevice for Window {
 #[derive(Serialize, Deserialize)]
 struct RootState {
     config_address: u32,
+    reset_control: DeviceState,
 }
 
 impl Lifecycle for PciRoot {
@@ -269,19 +272,21 @@ impl Lifecycle for PciRoot {
     }
 
     fn save(&self) -> Result<DeviceState, Error> {
-        let state = RootState { config_address: self.shared.address.load(Ordering::Acquire) };
+        let config_address = self.shared.address.load(Ordering::Acquire);
+        let state = RootState { config_address, reset_control: self.shared.reset_control.save()? };
         DeviceState::of(self.kind(), 1, &state)
     }
 
     fn restore(&self, state: &DeviceState) -> Result<(), Error> {
         let state: RootState = state.value(self.kind(), 1)?;
+        self.shared.reset_control.restore(&state.reset_control)?;
         self.shared.address.store(state.config_address, Ordering::Release);
         Ok(())
     }
 
     fn reset(&self) -> Result<(), Error> {
         self.shared.address.store(0, Ordering::Release);
-        Ok(())
+        self.shared.reset_control.reset()
     }
 }
 
