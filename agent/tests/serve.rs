@@ -67,13 +67,16 @@ fn a_volume_that_is_leased_is_refused_with_its_holders_name() {
     let agent = Agent::start(VOLUME);
     let mut first = agent.disk("v");
     first.write(0, &[1; 512]).expect("it writes");
-    let busy = std::thread::spawn(move || {
-        first.idle(Duration::from_secs(4));
-        first
+    let options = agent.options("v");
+    let second = std::thread::spawn(move || {
+        connect(options, Duration::from_secs(10)).err().map(|error| error.to_string())
     });
-    let error = agent.connect("v").err().expect("refused").to_string();
+    while !second.is_finished() {
+        first.idle(Duration::from_millis(50));
+    }
+    let error = second.join().expect("it ends").expect("refused");
     assert!(error.contains("leased") && error.contains("guest@test"), "{error}");
-    busy.join().expect("it renews its lease").close();
+    first.close();
     let mut second = agent.disk("v");
     assert_eq!(second.read(0, 512), [1; 512], "a lease that was given back is free at once");
 }
