@@ -22,7 +22,7 @@ pub struct Reply {
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// No answer came in time.
-    #[error("No answer from {address} within {timeout:?}: {reason}")]
+    #[error("No answer from {address} within {timeout:.0?}: {reason}")]
     Timeout {
         /// Whom we asked.
         address: String,

@@ -204,6 +204,28 @@ fn two_consoles_see_the_same_and_the_guest_hears_both() {
 }
 
 #[test]
+fn an_agent_that_is_missing_is_said_in_one_line_and_waiting_for_it_can_be_ended() {
+    if !kvm() {
+        return;
+    }
+    let bench = Bench::new();
+    let closed =
+        std::net::TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("an address");
+    let disk = format!("disk = [{{ remote = {{ agent = '{closed}', volume = 'root' }} }}]");
+    let config = bench.guest("far", &Code::new().power_off(), &disk);
+    let waiting = bench.run(&config, &["--name", "waiting"]);
+    eventually("it waits", || bench.omega(&["ps"]).out.contains("starting"));
+    waiting.signal(Signal::SIGINT);
+    assert_eq!(waiting.end().code, Some(13));
+    let outcome = bench.run(&config, &["--quiet"]).end();
+    assert_eq!(outcome.code, Some(1), "{outcome:?}");
+    let start = format!("omega: Disk 0: The agent at {closed} cannot be reached: ");
+    assert!(outcome.err.starts_with(&start), "{outcome:?}");
+    assert_eq!(outcome.err.lines().count(), 1, "{outcome:?}");
+    assert_eq!(outcome.out, "", "{outcome:?}");
+}
+
+#[test]
 fn a_kvm_that_cannot_run_stock_kernels_is_refused_in_one_line() {
     if !kvm() {
         return;

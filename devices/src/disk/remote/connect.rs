@@ -16,6 +16,10 @@ pub const DEFAULT_PORT: u16 = 7420;
 /// How long giving a lease back may take at the end.
 pub(super) const RELEASE_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// How long the first answer may take. Whoever waits for a lease has been answered already; of an agent that
+/// is not there nothing is gained by waiting longer.
+const FIRST_ANSWER: Duration = Duration::from_secs(15);
+
 /// A holder that was just killed may look connected for so long.
 const GRACE: Duration = Duration::from_secs(1);
 
@@ -103,12 +107,16 @@ struct Meeting<'a> {
     options: &'a Options,
     client: Client,
     until: Instant,
+    /// Whether the agent has answered at all.
+    heard: bool,
 }
 
 impl Meeting<'_> {
     fn call(&mut self, opcode: u16, body: &[u8]) -> Result<Reply, ConnectError> {
         let left = self.until.saturating_duration_since(Instant::now()).max(Duration::from_millis(100));
+        let left = if self.heard { left } else { left.min(FIRST_ANSWER) };
         let reply = self.client.call(Class::Control, opcode, body, Vec::new(), 0, left);
+        self.heard |= reply.is_ok();
         reply.map_err(|source| ConnectError::Unreachable { agent: self.options.agent.clone(), source })
     }
 
@@ -178,7 +186,7 @@ pub fn connect(options: Options, timeout: Duration) -> Result<RemoteDisk, Connec
     let options = Options { agent: with_port(&options.agent), ..options };
     let client = Client::new(&options.agent, &options.name)
         .map_err(|source| ConnectError::Unreachable { agent: options.agent.clone(), source })?;
-    let mut meeting = Meeting { options: &options, client, until: Instant::now() + timeout };
+    let mut meeting = Meeting { options: &options, client, until: Instant::now() + timeout, heard: false };
     let acquired = meeting.acquire()?;
     let lease = Lease { epoch: acquired.epoch, holder: options.holder };
     let opened = meeting.open(lease).and_then(|opened| {
