@@ -3,7 +3,9 @@
 //! Absolute speeds on a shared machine mean little: what counts is the ratio to something bare that does the
 //! same work next to it, so every comparison alternates between the two and compares medians.
 
+pub mod agent;
 pub mod bench;
+pub mod drive;
 pub mod figure;
 pub mod floor;
 pub mod peer;

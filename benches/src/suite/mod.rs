@@ -1,9 +1,10 @@
 //! The suites.
 
+pub mod disk;
 pub mod floor;
 pub mod transport;
 
 use crate::bench::Suite;
 
 /// All of them, in the order in which they run.
-pub const ALL: &[Suite] = &[floor::SUITE, transport::SUITE];
+pub const ALL: &[Suite] = &[floor::SUITE, transport::SUITE, disk::SUITE];

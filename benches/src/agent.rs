@@ -1,0 +1,74 @@
+//! A real agent, as its own process.
+
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+use crate::bench::Bench;
+
+/// An agent that serves one volume, `bench`, read-only. Dropping it ends its process.
+pub struct Agent {
+    child: Child,
+    address: String,
+    log: std::path::PathBuf,
+}
+
+impl Agent {
+    /// Serves `volume` on a free port of loopback; `direct` goes past the page cache.
+    ///
+    /// # Errors
+    /// The agent is not built or does not come up.
+    pub fn start(bench: &Bench, volume: &Path, direct: bool) -> Result<Self> {
+        let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port();
+        let address = format!("127.0.0.1:{port}");
+        let folder = tempfile::tempdir_in(bench.directory())?.keep();
+        let (config, log) = (folder.join("agent.toml"), folder.join("agent.log"));
+        let text = format!(
+            "listen = '{address}'\nstate = '{}'\n[[volume]]\nname = 'bench'\npath = '{}'\nread_only = true\ndirect = '{}'\n",
+            folder.join("state").display(),
+            volume.display(),
+            if direct { "on" } else { "off" },
+        );
+        std::fs::write(&config, text)?;
+        let child = Command::new(bench.program("omega-agent")?)
+            .arg("--config")
+            .arg(&config)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(std::fs::File::create(&log)?)
+            .spawn()
+            .context("omega-agent cannot be started")?;
+        let mut agent = Self { child, address, log };
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while TcpStream::connect(&agent.address).is_err() {
+            let ended = agent.child.try_wait()?.is_some();
+            if ended || Instant::now() > deadline {
+                bail!("omega-agent does not come up: {}", std::fs::read_to_string(&agent.log)?.trim());
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Ok(agent)
+    }
+
+    /// Where it listens.
+    #[must_use]
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
+    /// Its process.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
