@@ -87,7 +87,7 @@ fn throughput(bench: &Bench, readings: &mut Readings, sides: &mut Sides<'_>) -> 
     for _ in 0..bench.rounds() {
         floor.push(stream.run(bench.slice())? / 1e9);
         for ((side, _), rates) in sides.iter_mut().zip(&mut rates) {
-            rates.push(side.run(LARGE, bench.slice())?.rate() * (1 << 20) as f64 / 1e9);
+            rates.push(side.run(LARGE, bench.slice())?.rate() * f64::from(1 << 20) / 1e9);
         }
     }
     for ((_, names), rates) in sides.iter().zip(&rates) {

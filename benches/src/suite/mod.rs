@@ -2,9 +2,10 @@
 
 pub mod disk;
 pub mod floor;
+pub mod start;
 pub mod transport;
 
 use crate::bench::Suite;
 
 /// All of them, in the order in which they run.
-pub const ALL: &[Suite] = &[floor::SUITE, transport::SUITE, disk::SUITE];
+pub const ALL: &[Suite] = &[floor::SUITE, transport::SUITE, disk::SUITE, start::SUITE];
