@@ -147,6 +147,19 @@ fn every_key_is_in_the_reference() {
     }
 }
 
+#[test]
+fn the_samples_are_valid() {
+    let bench = Bench::new();
+    let reference = include_str!("../../docs/config.md");
+    let sample = reference.split("```toml\n").nth(1).and_then(|rest| rest.split("```").next());
+    bench.file("reference.toml", sample.expect("the reference begins with a sample"));
+    bench.file("packaged.toml", include_str!("../../packaging/guest.toml"));
+    for name in ["reference.toml", "packaged.toml"] {
+        let outcome = bench.omega(&["validate", "--no-files", name]);
+        assert_eq!(outcome.out, format!("{name}: ok\n"), "{outcome:?}");
+    }
+}
+
 /// The keys of everything below `node` that is no table.
 fn collect(root: &serde_json::Value, node: &serde_json::Value, path: String, keys: &mut Vec<String>) {
     let mut node = node;

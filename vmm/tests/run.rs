@@ -204,6 +204,29 @@ fn two_consoles_see_the_same_and_the_guest_hears_both() {
 }
 
 #[test]
+fn a_process_that_was_told_to_ignore_a_hangup_does() {
+    if !kvm() {
+        return;
+    }
+    let bench = Bench::new();
+    let code = Code::new().await_button().power_off();
+    let config = bench.guest("nohup", &code, "");
+    let omega = bench.command(&["run", config.to_str().expect("ASCII"), "--allow-unfit-kvm"]);
+    let mut command = std::process::Command::new("nohup");
+    command.arg(omega.get_program()).args(omega.get_args()).env("OMEGA_RUNTIME_DIR", bench.runtime());
+    command.stdin(std::process::Stdio::piped()).stdout(std::process::Stdio::piped());
+    command.stderr(std::process::Stdio::piped());
+    let child = command.spawn().expect("nohup is there");
+    let mut guest = support::Running { child, output: String::new() };
+    guest.until("listening\n");
+    guest.signal(Signal::SIGHUP);
+    std::thread::sleep(Duration::from_millis(300));
+    assert!(bench.omega(&["ps"]).out.contains("running"));
+    guest.signal(Signal::SIGTERM);
+    assert_eq!(guest.end().code, Some(0));
+}
+
+#[test]
 fn an_agent_that_is_missing_is_said_in_one_line_and_waiting_for_it_can_be_ended() {
     if !kvm() {
         return;
@@ -216,6 +239,11 @@ fn an_agent_that_is_missing_is_said_in_one_line_and_waiting_for_it_can_be_ended(
     let waiting = bench.run(&config, &["--name", "waiting"]);
     eventually("it waits", || bench.omega(&["ps"]).out.contains("starting"));
     waiting.signal(Signal::SIGINT);
+    assert_eq!(waiting.end().code, Some(13));
+    let waiting = bench.run(&config, &["--name", "waiting"]);
+    eventually("it waits", || bench.omega(&["ps"]).out.contains("starting"));
+    let stop = bench.omega(&["stop", "waiting"]);
+    assert_eq!((stop.code, stop.err.as_str()), (Some(0), ""), "{stop:?}");
     assert_eq!(waiting.end().code, Some(13));
     let outcome = bench.run(&config, &["--quiet"]).end();
     assert_eq!(outcome.code, Some(1), "{outcome:?}");

@@ -105,7 +105,11 @@ fn nested_paging(kind: Virtualization) -> Line {
     let name = "nested paging";
     let (module, parameter) = match kind {
         Virtualization::Amd => ("kvm_amd", "npt"),
-        _ => ("kvm_intel", "ept"),
+        Virtualization::Intel => ("kvm_intel", "ept"),
+        Virtualization::None => {
+            return Line::missing(name, "unknown")
+                .why("it is a feature of VT-x and SVM, and there is neither");
+        }
     };
     match sys::read(format!("/sys/module/{module}/parameters/{parameter}")).as_deref() {
         Some("Y" | "1") => Line::ok(name, format!("{parameter} is on")),
@@ -113,7 +117,8 @@ fn nested_paging(kind: Virtualization) -> Line {
             .why("guests are many times slower without it")
             .mend(format!("sudo modprobe -r {module} && sudo modprobe {module} {parameter}=1")),
         None => Line::missing(name, format!("unknown: the module {module} is not loaded"))
-            .why("this KVM is not the kernel's own for this processor, or there is none"),
+            .why("guests are many times slower without it")
+            .mend(format!("sudo modprobe {module}")),
     }
 }
 

@@ -4,6 +4,9 @@ use std::fmt::Write as _;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
 use super::runtime::{self, Folder};
 use super::{Failure, args, show};
 use crate::control::client::{Client, Error as ClientError};
@@ -174,7 +177,16 @@ pub(super) fn stop(args: &args::Stop) -> Result<(), Failure> {
 /// Presses the power button until it is heard, or pulls the plug. `false` when it was too late.
 fn ask_to_end(folder: &Folder, args: &args::Stop, late: &impl Fn() -> bool) -> Result<bool, Failure> {
     let name = &args.name;
-    let mut client = connect(folder, Some(PATIENCE))?;
+    let mut client = match (connect(folder, Some(PATIENCE)), folder.process()) {
+        (Ok(client), _) => client,
+        // Nothing runs yet, perhaps because an agent is waited for: a signal is enough.
+        (Err(_), Some(pid @ 1..)) if !folder.control().exists() => {
+            let pid = Pid::from_raw(i32::try_from(pid).unwrap_or(i32::MAX));
+            kill(pid, Signal::SIGTERM).map_err(std::io::Error::from)?;
+            return Ok(true);
+        }
+        (Err(why), _) => return Err(why),
+    };
     let command = if args.force { Command::Kill } else { Command::PowerOff };
     loop {
         match client.ask(command.clone()) {

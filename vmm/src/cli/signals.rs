@@ -37,14 +37,24 @@ pub(super) enum Event {
 #[derive(Debug)]
 pub(super) struct Held(SigSet);
 
-/// Holds the signals back. To be called before any other thread is started.
+/// Holds the signals back. To be called before any other thread is started. Those that whoever started this
+/// process had it ignore, as `nohup` does with SIGHUP, stay ignored.
 ///
 /// # Errors
 /// The kernel refuses.
 pub(super) fn hold() -> io::Result<Held> {
-    let set: SigSet = TAKEN.into_iter().collect();
+    let ignored = ignored();
+    let set: SigSet = TAKEN.into_iter().filter(|signal| ignored >> (*signal as u32 - 1) & 1 == 0).collect();
     set.thread_block()?;
     Ok(Held(set))
+}
+
+/// The signals that are ignored, as bits from signal 1 on. SIGTERM is never: it is how a service is ended.
+fn ignored() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0);
+    mask & !(1 << (Signal::SIGTERM as u32 - 1))
 }
 
 impl Held {
