@@ -85,3 +85,7 @@ fn read(bus: &Bus, address: u64, size: u8) -> (Outcome, Data) {
     let outcome = bus.read(address, data.as_mut_slice());
     (outcome, data)
 }
+
+#[cfg(test)]
+#[path = "run_test.rs"]
+mod tests;

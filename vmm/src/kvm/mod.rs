@@ -68,3 +68,7 @@ impl<T> Context<T> for Result<T, kvm_ioctls::Error> {
         self.map_err(|error| Error::Call { what, source: io::Error::from_raw_os_error(error.errno()) })
     }
 }
+
+#[cfg(test)]
+#[path = "micro_test.rs"]
+mod micro;
