@@ -57,6 +57,19 @@ fn ends(socket: &mut TcpStream) -> Vec<u8> {
     got
 }
 
+/// Why connections ended, once so many have.
+fn closed(server: &Server, count: usize) -> Vec<String> {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        let closed = server.closed.lock().unwrap().clone();
+        if closed.len() >= count {
+            return closed;
+        }
+        assert!(Instant::now() < deadline, "{count} connections end: {closed:?}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
 fn contains(bytes: &[u8], text: &str) -> bool {
     bytes.windows(text.len()).any(|window| window == text.as_bytes())
 }
@@ -80,8 +93,8 @@ fn a_peer_of_another_version_is_told_which_versions_there_are() {
     let got = ends(&mut socket);
     assert_eq!(&got[..12], b"omega\r\n\x1a\x01\x00\x01\x00", "the server's own versions, 1 to 1");
     assert_eq!(got.len(), 16);
-    std::thread::sleep(Duration::from_millis(50));
-    assert!(server.closed.lock().unwrap()[0].contains("versions 2 to 9"), "{:?}", server.closed);
+    let closed = closed(&server, 1);
+    assert!(closed[0].contains("versions 2 to 9"), "{closed:?}");
 }
 
 #[test]
@@ -107,9 +120,11 @@ fn a_peer_that_asks_for_more_than_it_was_granted_is_cut_off_with_the_reason() {
         socket.write_all(&request(id, NEVER, 0, 10)).unwrap();
     }
     assert!(contains(&ends(&mut socket), "asked for more at once than it was granted"));
-    // The same by bytes.
+    // The same by bytes, in another session.
     let mut socket = TcpStream::connect(server.address).unwrap();
-    socket.write_all(&hello(1, 1)).unwrap();
+    let mut other = hello(1, 1);
+    other[56] = 78;
+    socket.write_all(&other).unwrap();
     for id in 1..=3 {
         socket.write_all(&request(id, NEVER, 0, 1 << 20)).unwrap();
         socket.write_all(&request(id + 10, NEVER, 1 << 20, 0)[..32]).unwrap();
@@ -118,7 +133,7 @@ fn a_peer_that_asks_for_more_than_it_was_granted_is_cut_off_with_the_reason() {
         }
     }
     ends(&mut socket);
-    let closed = server.closed.lock().unwrap();
+    let closed = closed(&server, 2);
     assert!(closed.iter().all(|reason| reason.contains("granted")), "{closed:?}");
 }
 
@@ -136,9 +151,8 @@ fn a_peer_that_sends_without_end_and_never_reads_stays_bounded() {
         }
         sent = id;
     }
-    std::thread::sleep(Duration::from_millis(100));
-    let closed = server.closed.lock().unwrap().clone();
-    assert!(sent < 64 || !closed.is_empty(), "the peer was cut off after {sent} requests");
+    let closed = closed(&server, 1);
+    assert!(closed[0].contains("granted"), "cut off after {sent} requests: {closed:?}");
     assert!(server.most_in_flight.load(std::sync::atomic::Ordering::Relaxed) <= 8);
 }
 
@@ -150,8 +164,8 @@ fn a_hello_that_never_comes_holds_no_connection() {
     socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
     let _ = socket.read(&mut [0; 10]);
     assert!(start.elapsed() < Duration::from_secs(15));
-    std::thread::sleep(Duration::from_millis(50));
-    assert!(server.closed.lock().unwrap()[0].contains("hello in time"), "{:?}", server.closed);
+    let closed = closed(&server, 1);
+    assert!(closed[0].contains("hello in time"), "{closed:?}");
 }
 
 /// Carries bytes between a client and the server, until told to freeze or cut.
@@ -224,7 +238,7 @@ fn a_cut_in_the_middle_of_a_payload_repeats_the_read_and_no_write() {
 fn a_frozen_peer_is_noticed_and_a_thawed_one_is_used_again() {
     let server = Server::start(Limits::default());
     let proxy = Proxy::start(server.address, usize::MAX);
-    let mut client = Client::named(&proxy.address.to_string(), Duration::from_millis(300));
+    let mut client = Client::named(&proxy.address.to_string(), Duration::from_millis(600));
     client.channel.submit(call(1, ECHO, b"a", Buffer::empty(), 100));
     client.until("the first answer", |c| c.answers.len() == 1);
     proxy.command.store(FREEZE, std::sync::atomic::Ordering::Relaxed);
@@ -232,8 +246,8 @@ fn a_frozen_peer_is_noticed_and_a_thawed_one_is_used_again() {
     client.channel.submit(call(2, ECHO, b"b", Buffer::empty(), 100));
     client.until("the loss", |c| !c.lost.is_empty());
     let noticed = frozen.elapsed();
-    assert!(noticed >= Duration::from_millis(250), "not before its time: {noticed:?}");
-    assert!(noticed < Duration::from_millis(1500), "soon after: {noticed:?}");
+    assert!(noticed >= Duration::from_millis(500), "not before its time: {noticed:?}");
+    assert!(noticed < Duration::from_millis(4000), "soon after: {noticed:?}");
     assert!(client.lost[0].contains("Nothing was heard"), "{:?}", client.lost);
     proxy.command.store(FLOW, std::sync::atomic::Ordering::Relaxed);
     client.until("the second answer", |c| c.answers.len() == 2);
@@ -242,9 +256,9 @@ fn a_frozen_peer_is_noticed_and_a_thawed_one_is_used_again() {
 #[test]
 fn a_peer_that_is_only_slow_is_not_dead() {
     let server = Server::start(Limits::default());
-    let mut client = Client::named(&server.address.to_string(), Duration::from_millis(150));
+    let mut client = Client::named(&server.address.to_string(), Duration::from_millis(700));
     client.channel.submit(call(1, NEVER, b"", Buffer::empty(), 0));
-    let end = Instant::now() + Duration::from_millis(900);
+    let end = Instant::now() + Duration::from_millis(2500);
     while Instant::now() < end {
         client.pump(Duration::from_millis(20));
     }
