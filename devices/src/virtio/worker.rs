@@ -331,10 +331,10 @@ impl<B: Backend> Loop<B> {
                 }
                 Order::Call(call) => call(&mut self.backend, self.active.as_mut()),
                 Order::Quit => {
+                    // Nobody waits for what is in flight any more.
                     self.quit = true;
-                    if self.active.is_some() && self.leaving.is_none() {
-                        self.leaving = Some((Instant::now(), Box::new(|_| ())));
-                    }
+                    let returned = self.leaving.take().map(|(_, returned)| returned);
+                    self.leaving = Some((Instant::now(), returned.unwrap_or_else(|| Box::new(|_| ()))));
                 }
             }
         }

@@ -14,7 +14,7 @@ use devices::virtio::VirtioDevice;
 use devices::virtio::pci::VirtioPci;
 
 use super::parts::{Counters, Device, Parts};
-use super::{Error, Machine, Options, disks, peripherals};
+use super::{Error, Machine, Options, cards, disks, peripherals};
 use crate::config;
 use crate::console::Hub;
 use crate::cpu::{Buses, Gang};
@@ -102,6 +102,7 @@ pub(super) fn assemble(guest: &config::Guest, options: &Options) -> Result<Machi
     };
     let pm = platform(&mut assembly, &layout, &options.serial)?;
     disks::add(&mut assembly, guest)?;
+    cards::add(&mut assembly, guest)?;
     let balloon = peripherals::add(&mut assembly, guest, options.console.as_ref())?;
     pci(&mut assembly)?;
     let vcpus = (0..count).map(|index| partition.vcpu(index)).collect::<Result<Vec<_>, _>>()?;

@@ -15,6 +15,7 @@
 //! whatever a device waits for.
 
 mod assembly;
+mod cards;
 mod controller;
 mod disks;
 mod keeper;
