@@ -107,9 +107,9 @@ impl Guest {
     /// The file `guest.toml`.
     pub fn toml(&self) -> String {
         format!(
-            "name = \"{}\"\n{}\n[kernel]\nimage = \"{}\"\ninitrd = \"{}\"\ncmdline = \"{}\"\n\n[cpu]\ncount = {}\n\n\
-             [memory]\nsize = \"{}\"\n{}",
-            self.name, self.rest, self.kernel, self.initrd, self.cmdline, self.cpus, self.memory, self.disks
+            "name = \"{}\"\n\n[kernel]\nimage = \"{}\"\ninitrd = \"{}\"\ncmdline = \"{}\"\n\n[cpu]\ncount = {}\n\n\
+             [memory]\nsize = \"{}\"\n{}\n{}",
+            self.name, self.kernel, self.initrd, self.cmdline, self.cpus, self.memory, self.disks, self.rest
         )
     }
 

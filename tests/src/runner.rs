@@ -37,9 +37,9 @@ impl Output {
         String::from_utf8_lossy(&self.stdout).trim_end().to_owned()
     }
 
-    /// Both outputs, for messages.
+    /// The end and both outputs, for messages.
     pub fn all(&self) -> String {
-        format!("{}{}", String::from_utf8_lossy(&self.stdout), self.stderr)
+        format!("[{}] {}{}", self.code, String::from_utf8_lossy(&self.stdout), self.stderr)
     }
 
     /// The text, or an error that shows everything if the command failed.

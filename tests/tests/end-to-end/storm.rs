@@ -139,7 +139,10 @@ fn no_write_is_lost_while_the_agent_fails_in_every_way() -> Result<()> {
         .initrd("/images/storm/initrd")
         .remote_disk(&scene.agent(), "v", "")
         .start(&scene.console)?;
-    wait_until("The first verified I/O", RECOVERY, || Ok(finished(&guest) > 100))?;
+    wait_until("The first verified I/O", RECOVERY, || {
+        ensure!(!guest.ended(), "the guest ended: {:?}", guest.wait()?);
+        Ok(finished(&guest) > 100)
+    })?;
 
     let faults = faults();
     let start = Instant::now();

@@ -146,6 +146,7 @@ const DISK: &[Call] = &[
     equal(SYS_socket, 0, libc::AF_INET6),
     any(SYS_connect),
     any(SYS_fcntl),
+    equal(SYS_ioctl, 1, libc::FIONBIO as i32), // how the standard library makes a socket non-blocking
     any(SYS_getpeername),
     any(SYS_getsockname),
     any(SYS_getsockopt),
