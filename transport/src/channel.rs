@@ -149,18 +149,20 @@ const BELL: u64 = (1 << 48) - 1;
 const CONNECT_WITHIN: Duration = Duration::from_secs(5);
 
 impl Channel {
-    /// A channel that starts to connect at the first [`tick`](Self::tick).
+    /// A channel that starts to connect at the first [`tick`](Self::tick). A name is looked up by a thread
+    /// that starts here, so that a caller can confine its own thread (seccomp) afterwards.
     #[must_use]
     pub fn new(config: Config, ring: &mut Ring) -> Self {
         let now = Instant::now();
         let core = new_session(&config, now);
         let pause = config.retry_first;
+        let resolver = Resolver::new(&config.address).ok();
         Self {
             config,
             core,
             source: ring.source(),
             generation: 0,
-            resolver: None,
+            resolver,
             bell_polled: false,
             state: State::Idle(now),
             pause,
