@@ -26,6 +26,8 @@ pub struct FileDisk {
     flights: Vec<Flight>,
     free: Vec<u32>,
     zeros: Buffer,
+    /// Whether the file system can say that a read would wait.
+    at_once: bool,
 }
 
 /// One request on its way.
@@ -60,7 +62,14 @@ impl FileDisk {
     /// A disk on an image that others may drive too.
     #[must_use]
     pub fn new(image: Arc<Image>) -> Self {
-        Self { image, source: None, flights: Vec::new(), free: Vec::new(), zeros: Buffer::empty() }
+        Self {
+            image,
+            source: None,
+            flights: Vec::new(),
+            free: Vec::new(),
+            zeros: Buffer::empty(),
+            at_once: true,
+        }
     }
 
     /// How many requests are in flight.
@@ -74,6 +83,28 @@ impl FileDisk {
             self.flights.push(Flight::default());
             (self.flights.len() - 1) as u32
         })
+    }
+
+    /// Reads what the page cache holds without a round through the ring; `false` if it would have to wait.
+    fn read_at_once(&mut self, request: &Request) -> bool {
+        let segments = request.buffer.iovecs();
+        if request.operation != Operation::Read
+            || !self.at_once
+            || self.image.direct.is_some()
+            || segments.len() > MOST_SEGMENTS
+        {
+            return false;
+        }
+        let (fd, offset) = (self.image.file.as_raw_fd(), request.offset as libc::off_t);
+        // SAFETY: the descriptor is open, the segments are mapped while the request's buffer lives, and there
+        // are as many as said.
+        let count = unsafe {
+            libc::preadv2(fd, segments.as_ptr(), segments.len() as libc::c_int, offset, libc::RWF_NOWAIT)
+        };
+        if count < 0 && io::Error::last_os_error().raw_os_error() == Some(libc::EOPNOTSUPP) {
+            self.at_once = false;
+        }
+        usize::try_from(count).is_ok_and(|count| count == request.buffer.len())
     }
 
     /// Submits what is left of the flight in `slot`.
@@ -226,7 +257,7 @@ impl Disk for FileDisk {
             _ => Ok(()),
         });
         let nothing = request.len == 0 && request.operation != Operation::Flush;
-        if checked.is_err() || nothing {
+        if checked.is_err() || nothing || self.read_at_once(&request) {
             done.push(Done { tag: request.tag, result: checked, buffer: request.buffer });
             return;
         }
