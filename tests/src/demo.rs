@@ -1,5 +1,126 @@
-//! Skeleton.
-/// Skeleton.
-pub fn demo() -> anyhow::Result<()> {
+//! `make demo`: Debian, unmodified, boots with its root disk on a second PC; twice, so that one sees that what
+//! it wrote is there.
+
+use std::io::{self, Write};
+use std::time::Instant;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::guest::{Guest, Running};
+use crate::host::host;
+use crate::images::Image;
+use crate::scene::Scene;
+
+const VOLUME: &str = "debian-root";
+const FILE: &str = "/root/hello";
+
+/// A line of the demonstration itself, told apart from what the PCs print.
+fn say(line: &str) {
+    println!("\n\x1b[1m== {line}\x1b[0m");
+}
+
+/// Where the guest's console is shown.
+struct Screen {
+    at_line_start: bool,
+}
+
+impl Write for Screen {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let mut out = io::stdout().lock();
+        for byte in bytes.iter().filter(|byte| **byte != b'\r') {
+            if self.at_line_start {
+                out.write_all("  │ ".as_bytes())?;
+            }
+            out.write_all(&[*byte])?;
+            self.at_line_start = *byte == b'\n';
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        io::stdout().flush()
+    }
+}
+
+/// Shows it all; ends with the line `demo: ok`, or an error.
+pub fn demo() -> Result<()> {
+    let start = Instant::now();
+    let host = host()?;
+    let how = if host.kvm {
+        "with this machine's own KVM"
+    } else {
+        "emulated, since this machine's KVM cannot run PCs"
+    };
+    say(&format!("Starting two lab PCs, {how}"));
+    let scene = Scene::with_debian("demo")?;
+    let (console, helper) = (&scene.console, &scene.helper);
+    for pc in [console, helper] {
+        println!(
+            "{:<8} {}  {}",
+            pc.name(),
+            pc.address(),
+            pc.run("uname -srm; test -c /dev/kvm && echo /dev/kvm")?.ok()?.replace('\n', "  ")
+        );
+    }
+
+    say("Starting omega-agent on `helper` by its systemd unit; its second disk becomes the volume");
+    scene.serve(&[(VOLUME, "/dev/vdb")])?;
+    println!(
+        "{}",
+        helper.run("systemctl status --no-pager --lines=0 omega-agent; cat /etc/omega/agent.toml")?.ok()?
+    );
+
+    let debian = Guest::debian("demo").remote_disk(&scene.agent(), VOLUME, "");
+    say("The guest, on `console`: /root/demo.toml");
+    println!("{}", debian.toml().trim());
+
+    say(&format!(
+        "omega run demo.toml: the guest's console (its root disk is {VOLUME} on {})",
+        helper.address()
+    ));
+    let guest = boot(&debian, &scene)?;
+    let uname = guest.shell("uname -a")?;
+    let kernel = Image::get("debian")?.kernel_version()?;
+    ensure!(uname.contains(&kernel), "The guest runs another kernel than Debian's {kernel}: {uname}");
+    let written = format!("written by the first boot, {} s into the demo", start.elapsed().as_secs());
+    guest.shell(&format!("echo {written} >{FILE}; sync"))?;
+    let root = guest.shell("findmnt -no SOURCE,FSTYPE,SIZE /; cat /sys/block/vda/serial")?;
+    power_off(&guest).context("After the first boot")?;
+
+    say("What the guest said, and where its root disk is");
+    println!("guest    {uname}");
+    println!("root     {}", root.replace('\n', "  "));
+    println!(
+        "volume   {VOLUME} at {}:7420, on `{}`, not on `{}`",
+        helper.address(),
+        helper.name(),
+        console.name()
+    );
+    let served = helper.run("journalctl --no-pager -o cat -u omega-agent | tail -n 4")?.ok()?;
+    println!("agent    {}", served.replace('\n', "\n         "));
+
+    say("omega run demo.toml once more");
+    let guest = boot(&debian, &scene)?;
+    let read = guest.shell(&format!("cat {FILE}"))?;
+    ensure!(read == written, "The file holds `{read}` instead of `{written}`");
+    power_off(&guest).context("After the second boot")?;
+
+    say("The file that the first boot wrote, as the second boot read it");
+    println!("{FILE}: {read}");
+    println!("\n({:.0} s)\ndemo: ok", start.elapsed().as_secs_f32());
+    Ok(())
+}
+
+fn boot(debian: &Guest, scene: &Scene) -> Result<Running> {
+    let guest = debian.start(&scene.console)?;
+    guest.process().tee(Screen { at_line_start: true });
+    guest.log_in()?;
+    Ok(guest)
+}
+
+fn power_off(guest: &Running) -> Result<()> {
+    guest.types("systemctl poweroff\n")?;
+    let output = guest.wait()?;
+    ensure!(output.code == 0, "The guest did not power off but ended with {}", output.code);
     Ok(())
 }

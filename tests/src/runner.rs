@@ -68,7 +68,7 @@ struct Shared {
     state: Mutex<State>,
     changed: Condvar,
     /// Where its output also goes, as it comes.
-    tee: Mutex<Option<Tee>>,
+    tees: Mutex<Vec<Tee>>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -165,10 +165,10 @@ fn dispatch(commands: &Commands, frame: &Frame) {
         Kind::Hello => state.end = Some(Ok(0)),
         Kind::Exec | Kind::Stdin | Kind::Signal | Kind::Mix => {}
     }
-    if matches!(frame.kind, Kind::Stdout | Kind::Stderr)
-        && let Some(tee) = lock(&command.tee).as_mut()
-    {
-        let _ = tee.write_all(&frame.payload).and_then(|()| tee.flush());
+    if matches!(frame.kind, Kind::Stdout | Kind::Stderr) {
+        for tee in lock(&command.tees).iter_mut() {
+            let _ = tee.write_all(&frame.payload).and_then(|()| tee.flush());
+        }
     }
     if state.end.is_some() {
         lock(commands).remove(&frame.id);
@@ -190,7 +190,7 @@ impl Process {
         let state = lock(&self.shared.state);
         let _ =
             to.write_all(&state.stdout).and_then(|()| to.write_all(&state.stderr)).and_then(|()| to.flush());
-        *lock(&self.shared.tee) = Some(Box::new(to));
+        lock(&self.shared.tees).push(Box::new(to));
     }
 
     /// Gives it input.
