@@ -183,8 +183,11 @@ const SERVE: &[Call] = &[
 const SPAWN: &[Call] =
     &[any(SYS_clone), any(SYS_clone3), equal(SYS_prctl, 0, libc::PR_SET_NO_NEW_PRIVS), any(SYS_seccomp)];
 
-/// The terminal's modes and size, and whether it is this process's.
-const CONSOLE: &[Call] = &[TTY_AND_TUN_IOCTLS, any(SYS_fdatasync), any(SYS_getpgrp)];
+/// `KVM_IRQ_LINE`: what is typed raises the serial port's interrupt.
+const KVM_IRQ_LINE: Call = equal(SYS_ioctl, 1, 0x4008_ae61);
+
+/// The terminal's modes and size, whether it is this process's, and the guest's serial port.
+const CONSOLE: &[Call] = &[TTY_AND_TUN_IOCTLS, KVM_IRQ_LINE, any(SYS_fdatasync), any(SYS_getpgrp)];
 
 /// Pausing, saving state, pressing the power button.
 const CONTROL: &[Call] = &[KVM_IOCTLS, any(SYS_fallocate)];
