@@ -1,5 +1,6 @@
 //! The suites.
 
+pub mod boot;
 pub mod disk;
 pub mod floor;
 pub mod start;
@@ -8,4 +9,4 @@ pub mod transport;
 use crate::bench::Suite;
 
 /// All of them, in the order in which they run.
-pub const ALL: &[Suite] = &[floor::SUITE, transport::SUITE, disk::SUITE, start::SUITE];
+pub const ALL: &[Suite] = &[floor::SUITE, transport::SUITE, disk::SUITE, start::SUITE, boot::SUITE];
