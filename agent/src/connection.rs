@@ -93,9 +93,21 @@ pub(crate) fn serve(
         done: Vec::new(),
         stopping: false,
     };
-    let result = worker.run();
-    worker.close();
-    result
+    worker.run()
+}
+
+impl Drop for Worker {
+    /// Also when the thread panics: a file's operations must end before their buffers do, and nobody may
+    /// wait for requests that never end.
+    fn drop(&mut self) {
+        for disk in self.disks.iter_mut().flatten() {
+            disk.abort(&mut self.ring, &mut self.done);
+        }
+        self.answer_done();
+        for bound in self.bounds.drain(..) {
+            bound.grant.connected(false);
+        }
+    }
 }
 
 impl Worker {
@@ -127,18 +139,6 @@ impl Worker {
             self.events(&mut events);
             self.answer_done();
             self.note_use();
-        }
-    }
-
-    /// Gives up what is left when the connection cannot go on; a file's operations must end before its
-    /// buffers do.
-    fn close(&mut self) {
-        for disk in self.disks.iter_mut().flatten() {
-            disk.abort(&mut self.ring, &mut self.done);
-        }
-        self.answer_done();
-        for bound in self.bounds.drain(..) {
-            bound.grant.connected(false);
         }
     }
 

@@ -122,7 +122,7 @@ impl FileDisk {
             }
             operation => whole(&self.image, operation, request),
         };
-        // SAFETY: the image's descriptor lives as long as this disk, which `abort`s before it goes. The
+        // SAFETY: the image's descriptor lives as long as operations are in flight, see `drop`. The
         // flight owns the buffers, and the segment list's heap memory is not touched until
         // the operation completes; `zeros` is never replaced once it is made.
         unsafe { ring.push(entry, source.token(u64::from(slot))) };
@@ -238,6 +238,17 @@ fn whole(image: &Image, operation: Operation, request: &Request) -> squeue::Entr
         }
     };
     opcode::Fallocate::new(fd, request.len).offset(request.offset).mode(mode).build()
+}
+
+impl Drop for FileDisk {
+    /// A disk that goes with operations in flight leaves their memory to the kernel for ever.
+    fn drop(&mut self) {
+        if self.in_flight() > 0 {
+            tracing::error!(disk = %self.describe(), "A disk was dropped with requests in flight");
+            std::mem::forget(std::mem::take(&mut self.flights));
+            std::mem::forget((Arc::clone(&self.image), std::mem::take(&mut self.zeros)));
+        }
+    }
 }
 
 impl Disk for FileDisk {
