@@ -19,26 +19,43 @@ fn say(line: &str) {
     println!("\n\x1b[1m== {line}\x1b[0m");
 }
 
-/// Where the guest's console is shown.
+/// Where the guest's console is shown: all of it but the marks between which a command's output is.
+#[derive(Default)]
 struct Screen {
-    at_line_start: bool,
+    /// The line that is not complete yet, and how much of it is shown.
+    line: Vec<u8>,
+    shown: usize,
 }
+
+const MARKS: [&[u8]; 3] = [b"begin-42", b"end-42-", b"ready-42"];
 
 impl Write for Screen {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let mut out = io::stdout().lock();
         for byte in bytes.iter().filter(|byte| **byte != b'\r') {
-            if self.at_line_start {
-                out.write_all("  │ ".as_bytes())?;
+            self.line.push(*byte);
+            if *byte == b'\n' {
+                self.flush()?;
+                (self.line, self.shown) = (Vec::new(), 0);
             }
-            out.write_all(&[*byte])?;
-            self.at_line_start = *byte == b'\n';
         }
         Ok(bytes.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        io::stdout().flush()
+        let may_be_mark = |mark: &&[u8]| {
+            let common = mark.len().min(self.line.len());
+            mark[..common] == self.line[..common]
+        };
+        let mut out = io::stdout().lock();
+        if self.shown == self.line.len() || MARKS.iter().any(may_be_mark) {
+            return Ok(());
+        }
+        if self.shown == 0 {
+            out.write_all("  │ ".as_bytes())?;
+        }
+        out.write_all(&self.line[self.shown..])?;
+        self.shown = self.line.len();
+        out.flush()
     }
 }
 
@@ -113,7 +130,7 @@ pub fn demo() -> Result<()> {
 
 fn boot(debian: &Guest, scene: &Scene) -> Result<Running> {
     let guest = debian.start(&scene.console)?;
-    guest.process().tee(Screen { at_line_start: true });
+    guest.process().tee(Screen::default());
     guest.log_in()?;
     Ok(guest)
 }
