@@ -154,7 +154,9 @@ impl Table {
             // nobody has noticed yet that its connection is dead.
             let alive = activity.connected && activity.idle < self.ttl / 2;
             let wait = if alive { Duration::ZERO } else { self.ttl - activity.idle };
-            let state = if alive { "is connected" } else { "went away without giving it back" };
+            let left = wait.as_secs() + 1;
+            let gone = format!("went away without giving it back; the lease expires in {left} s");
+            let state = if alive { "is connected".to_owned() } else { gone };
             return Err(Refused::Leased { wait, why: format!("{} holds it and {state}", holder.name) });
         }
         let holder = Some(Holder { id: asked.holder, name: asked.name.clone() });
