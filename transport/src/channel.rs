@@ -1,6 +1,7 @@
 //! The asking side: one logical connection to a peer that outlives its sockets.
 
 use std::collections::VecDeque;
+use std::io;
 use std::net::{SocketAddr, TcpStream};
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
@@ -142,6 +143,22 @@ fn new_session(config: &Config, now: Instant) -> Asker {
     Asker::new(Identity::of_this_process(&config.name), random(), dead_after, now)
 }
 
+/// Finds the addresses behind a peer's name, on a thread of its own where it is a name and not a number.
+///
+/// A thread that is confined may not start another, and what the system's resolver does (files, other
+/// sockets, libraries that it loads) is not a data path's: make this before, on a thread that may.
+pub struct Names(Resolver);
+
+impl Names {
+    /// Of `address`, `host:port`.
+    ///
+    /// # Errors
+    /// There is no thread or descriptor to be had.
+    pub fn of(address: &str) -> io::Result<Self> {
+        Resolver::new(address).map(Self)
+    }
+}
+
 /// The token of the resolver's bell.
 const BELL: u64 = (1 << 48) - 1;
 
@@ -170,6 +187,12 @@ impl Channel {
             doubtful: false,
             fault: None,
         }
+    }
+
+    /// As [`new`](Self::new), with `names` of the configuration's address that were made before.
+    #[must_use]
+    pub fn with_names(config: Config, names: Names, ring: &mut Ring) -> Self {
+        Self { resolver: Some(names.0), ..Self::new(config, ring) }
     }
 
     /// Takes `call`; it goes out at the next [`tick`](Self::tick) when credits, class and connection

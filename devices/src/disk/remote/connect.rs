@@ -4,6 +4,7 @@
 use std::time::{Duration, Instant};
 
 use transport::blocking::{self, Client, Reply};
+use transport::channel::Names;
 use transport::wire::{Class, Status};
 
 use super::core::Core;
@@ -75,6 +76,14 @@ pub enum ConnectError {
         agent: String,
         /// The volume.
         volume: String,
+    },
+    /// There is no thread or descriptor to be had.
+    #[error("No thread can be started that finds the agent at {agent}: {source}")]
+    Names {
+        /// The address.
+        agent: String,
+        /// Why not.
+        source: std::io::Error,
     },
     /// The peer does not speak the volume protocol.
     #[error("The peer at {agent} is no agent that this Omega understands: {source}")]
@@ -199,8 +208,10 @@ pub fn connect(options: Options, timeout: Duration) -> Result<RemoteDisk, Connec
     let opened = opened.inspect_err(|_| release(&options, lease))?;
     let mut geometry = opened.geometry;
     geometry.read_only |= options.read_only;
+    let agent = &options.agent;
+    let names = Names::of(agent).map_err(|source| ConnectError::Names { agent: agent.clone(), source })?;
     let core = Core::new(options, geometry, opened.identity, lease, acquired.ttl);
-    Ok(RemoteDisk { core, channel: None, events: Vec::new(), reachable: true })
+    Ok(RemoteDisk { core, channel: None, names: Some(names), events: Vec::new(), reachable: true })
 }
 
 /// Gives a lease back, so that another holder need not wait until it expires.

@@ -16,7 +16,7 @@ mod model_test;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use transport::channel::{Call, Channel, Config, Event};
+use transport::channel::{Call, Channel, Config, Event, Names};
 use transport::ring::{Completion, Ring};
 use transport::wire::Class;
 
@@ -96,6 +96,8 @@ impl Options {
 pub struct RemoteDisk {
     core: Core,
     channel: Option<Channel>,
+    /// How the channel finds the agent: made before, since the disk's thread may not start another.
+    names: Option<Names>,
     events: Vec<Event>,
     /// Whether the agent answered when it was last heard of.
     reachable: bool,
@@ -154,10 +156,11 @@ impl Disk for RemoteDisk {
 
     fn attach(&mut self, ring: &mut Ring) -> Result<(), Error> {
         let now = Instant::now();
-        let mut channel = Channel::new(self.core.options.channel(), ring);
-        // The first tick may start a thread, which this thread may not do any more once it is confined.
-        channel.tick(ring, now, &mut self.events);
-        self.channel = Some(channel);
+        let config = self.core.options.channel();
+        self.channel = Some(match self.names.take() {
+            Some(names) => Channel::with_names(config, names, ring),
+            None => Channel::new(config, ring),
+        });
         self.core.away_since = Some(now);
         Ok(())
     }
