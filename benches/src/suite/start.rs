@@ -64,14 +64,17 @@ fn run(bench: &Bench, readings: &mut Readings) -> Result<()> {
     memory(bench, readings, Parts { end: End::Halt, ..parts }, without)
 }
 
+/// The guest's RAM, as its configuration gives it.
+const RAM: u64 = 512 << 20;
+
 fn memory(bench: &Bench, readings: &mut Readings, parts: Parts<'_>, without: &str) -> Result<()> {
     let mut omega = Omega::start(bench, parts)?;
     omega.first_entry()?;
     std::thread::sleep(Duration::from_millis(300));
-    let held = smaps::held(omega.pid(), "guest-ram")?;
+    let held = smaps::held(omega.pid(), RAM)?;
     let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
     let note = format!(
-        "proportional set size beside the guest's memfd, a micro-guest that halts, {without}; resident {:.1} MiB",
+        "proportional set size beside the guest's RAM, a micro-guest that halts, {without}; resident {:.1} MiB",
         mib(held.rss)
     );
     readings.add(Reading::beside("start.memory", mib(held.pss), 5.0).note(note));

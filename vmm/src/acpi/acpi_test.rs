@@ -1,7 +1,7 @@
 use vm_memory::{Bytes as _, GuestAddress};
 
 use super::*;
-use crate::memory::Ram;
+use crate::memory::{Backing, Ram};
 use crate::units::Bytes;
 
 fn table(memory: &GuestMemory, at: u64) -> Vec<u8> {
@@ -18,7 +18,7 @@ fn sum(bytes: &[u8]) -> u8 {
 #[test]
 fn every_table_is_found_from_the_rsdp_and_sums_to_zero() {
     let layout = Layout::new(Bytes(4 << 30), 40).expect("it fits");
-    let ram = Ram::new(&layout).expect("RAM");
+    let ram = Ram::new(&layout, Backing::Private).expect("RAM");
     let node = |cpus: &[u8]| NumaNode { size: Bytes(2 << 30), cpus: cpus.to_vec() };
     let numa = [node(&[0, 1]), node(&[2, 3])];
     let rsdp = write(ram.memory(), &layout, 64, &numa).expect("the tables fit");
@@ -39,8 +39,9 @@ fn every_table_is_found_from_the_rsdp_and_sums_to_zero() {
             assert_eq!(local_apics, 64);
         }
         if table.starts_with(b"FACP") {
-            let dsdt = u32::from_le_bytes(table[40..44].try_into().expect("4 bytes"));
-            let dsdt = self::table(ram.memory(), dsdt.into());
+            // X_DSDT
+            let dsdt = u64::from_le_bytes(table[140..148].try_into().expect("8 bytes"));
+            let dsdt = self::table(ram.memory(), dsdt);
             assert!(dsdt.starts_with(b"DSDT") && sum(&dsdt) == 0);
         }
     }

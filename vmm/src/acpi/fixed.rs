@@ -18,7 +18,6 @@ pub(super) fn fadt(facs: u32, dsdt: u64) -> FADT {
     let mut fadt = FADTBuilder::new(OEM, TABLE, REVISION)
         .preferred_pm_profile(PmProfile::Desktop)
         .firmware_ctrl_32(facs)
-        .dsdt_32(dsdt as u32)
         .dsdt_64(dsdt)
         .flag(Flags::Wbinvd)
         .flag(Flags::ProcC1)

@@ -14,7 +14,7 @@ use vmm_sys_util::signal::Killable;
 
 use super::*;
 use crate::cpu::{self, Buses, Event, Gang};
-use crate::memory::{Layout, Ram};
+use crate::memory::{Backing, Layout, Ram};
 use crate::units::Bytes;
 
 const LONG: Duration = Duration::from_secs(60);
@@ -66,7 +66,7 @@ impl Guest {
         }
         install_kick_handler().expect("a signal handler");
         let layout = Layout::new(Bytes(2 << 20), 36).expect("it fits");
-        let ram = Ram::new(&layout).expect("RAM");
+        let ram = Ram::new(&layout, Backing::Shared).expect("RAM");
         ram.memory().write_slice(code, GuestAddress(CODE)).expect("RAM");
         let partition = Arc::new(Partition::new(ram.memory().clone(), count).expect("a partition"));
         let recorder = Arc::new(Recorder::default());

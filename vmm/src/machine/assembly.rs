@@ -20,7 +20,7 @@ use crate::console::Hub;
 use crate::cpu::{Buses, Gang};
 use crate::kvm::{Doorbells, Interrupts, Partition};
 use crate::loader::Kernel;
-use crate::memory::{ECAM, Layout, Ram, WINDOW_32};
+use crate::memory::{Backing, ECAM, Layout, Ram, WINDOW_32};
 
 /// Configuration mechanism 1, with the reset control register inside.
 const CONFIG_PORTS: Range = Range { base: 0xcf8, len: 8 };
@@ -88,7 +88,7 @@ pub(super) fn assemble(guest: &config::Guest, options: &Options) -> Result<Machi
     let bits = Partition::host_address_bits()?;
     let size = guest.memory.size;
     let layout = Layout::new(size, bits).ok_or(Error::TooMuchMemory { size, bits })?;
-    let ram = Ram::new(&layout)?;
+    let ram = Ram::new(&layout, Backing::Private)?;
     let partition = Partition::new(ram.memory().clone(), count)?;
     let high = Some(layout.window_64());
     let mut assembly = Assembly {

@@ -95,6 +95,7 @@ impl Parts {
     fn load_and_start(&self) -> Result<(), Error> {
         let memory = self.ram.memory();
         let count = self.vcpus.len() as u8;
+        let begun = Instant::now();
         let rsdp = acpi::write(memory, &self.layout, count, &self.guest.memory.numa)?;
         let entry = lock(&self.kernel).load(memory, &self.layout, rsdp)?;
         for vcpu in &self.vcpus {
@@ -103,6 +104,7 @@ impl Parts {
         if let Some(first) = self.vcpus.first() {
             lock(first).boot(&entry, memory)?;
         }
+        tracing::debug!(took = ?begun.elapsed(), "The kernel is in place");
         self.each(|device| device.start())?;
         self.go()
     }

@@ -1,7 +1,8 @@
 //! The guest's physical address space: where RAM, devices and tables lie, and the RAM itself.
 
 mod layout;
+mod mapping;
 mod ram;
 
 pub use layout::{ECAM, IO_APIC, LOCAL_APIC, LOW_RAM_END, Layout, RAM_END_32, Region, TABLES, WINDOW_32};
-pub use ram::{Error, Ram};
+pub use ram::{Backing, Error, Ram};

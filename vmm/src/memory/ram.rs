@@ -1,7 +1,10 @@
-//! Guest RAM: one memfd, mapped for the guest.
+//! Guest RAM.
 //!
-//! RAM is a file so that it can be mapped a second time: a guest whose pages live elsewhere runs on a
-//! mapping that userfaultfd watches, and our own threads use another that never faults.
+//! Private RAM is anonymous memory: the host may back it with huge pages, which makes a guest's first touch
+//! of its memory (most of what a boot waits for) several hundred times rarer. Shared RAM is one memfd that
+//! can be mapped a second time: a guest whose pages live elsewhere runs on a mapping that userfaultfd
+//! watches, and our own threads use another that never faults. Huge pages are off there by the kernel's
+//! default.
 
 use std::fs::File;
 use std::io;
@@ -10,9 +13,18 @@ use std::os::fd::OwnedFd;
 use devices::GuestMemory;
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use vm_memory::{FileOffset, GuestAddress, GuestRegionMmap, MmapRegion};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestRegionMmap};
 
-use super::Layout;
+use super::{Layout, mapping};
+
+/// What guest RAM is to the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Backing {
+    /// This process's alone.
+    Private,
+    /// A memfd, which can be mapped again.
+    Shared,
+}
 
 /// Guest RAM could not be had.
 #[derive(Debug, thiserror::Error)]
@@ -30,7 +42,8 @@ pub enum Error {
 
 /// A guest's RAM.
 pub struct Ram {
-    file: File,
+    /// None: private.
+    file: Option<File>,
     memory: GuestMemory,
     len: u64,
 }
@@ -40,22 +53,22 @@ impl Ram {
     ///
     /// # Errors
     /// The host lacks memory or address space.
-    pub fn new(layout: &Layout) -> Result<Self, Error> {
+    pub fn new(layout: &Layout, backing: Backing) -> Result<Self, Error> {
         let len = layout.ram().map(|range| range.len).sum();
-        let fd: OwnedFd = memfd_create(c"guest-ram", MFdFlags::MFD_CLOEXEC)
-            .map_err(|errno| Error::Allocate(len, errno.into()))?;
-        let file = File::from(fd);
-        file.set_len(len).map_err(|error| Error::Allocate(len, error))?;
+        let allocate = |error| Error::Allocate(len, error);
+        let file = match backing {
+            Backing::Private => None,
+            Backing::Shared => Some(file(len).map_err(allocate)?),
+        };
         let mut offset = 0;
         let mut regions = Vec::new();
         for range in layout.ram() {
-            let part = file.try_clone().map_err(|error| Error::Allocate(len, error))?;
-            let mapping = usize::try_from(range.len)
-                .map_err(|error| Error::Map(error.to_string()))
-                .and_then(|size| {
-                    let part = FileOffset::new(part, offset);
-                    MmapRegion::from_file(part, size).map_err(|error| Error::Map(error.to_string()))
-                })?;
+            let size = usize::try_from(range.len).map_err(|error| Error::Map(error.to_string()))?;
+            let part = match &file {
+                Some(file) => Some((file.try_clone().map_err(allocate)?, offset)),
+                None => None,
+            };
+            let mapping = mapping::map(size, part).map_err(allocate)?;
             let region = GuestRegionMmap::new(mapping, GuestAddress(range.base))
                 .ok_or_else(|| Error::Map("it wraps around the address space".into()))?;
             regions.push(region);
@@ -76,10 +89,23 @@ impl Ram {
     /// # Errors
     /// The kernel refuses.
     pub fn clear(&self) -> Result<(), Error> {
+        let Some(file) = &self.file else {
+            return self
+                .memory
+                .iter()
+                .try_for_each(|region| mapping::drop_pages(region))
+                .map_err(Error::Clear);
+        };
         let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-        let len = self.len as libc::off_t;
-        fallocate(&self.file, flags, 0, len).map_err(|errno| Error::Clear(errno.into()))
+        fallocate(file, flags, 0, self.len as libc::off_t).map_err(|errno| Error::Clear(errno.into()))
     }
+}
+
+fn file(len: u64) -> io::Result<File> {
+    let fd: OwnedFd = memfd_create(c"guest-ram", MFdFlags::MFD_CLOEXEC)?;
+    let file = File::from(fd);
+    file.set_len(len)?;
+    Ok(file)
 }
 
 #[cfg(test)]
@@ -92,8 +118,15 @@ mod tests {
     #[test]
     fn ram_holds_what_is_written_until_it_is_cleared() {
         let layout = Layout::new(Bytes(4 << 30), 40).expect("it fits");
-        let ram = Ram::new(&layout).expect("untouched RAM costs nothing");
+        for backing in [Backing::Private, Backing::Shared] {
+            holds_until_cleared(&Ram::new(&layout, backing).expect("untouched RAM costs nothing"));
+        }
+    }
+
+    fn holds_until_cleared(ram: &Ram) {
         let top = GuestAddress((5 << 30) - 8);
+        let base = ram.memory().get_host_address(GuestAddress(0)).expect("RAM");
+        assert!(base.addr().is_multiple_of(2 << 20), "huge pages fit");
         for at in [GuestAddress(0x1000), top] {
             ram.memory().write_obj(0x1234_u64, at).expect("RAM");
         }
