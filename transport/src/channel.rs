@@ -363,7 +363,7 @@ impl Channel {
             connect::finish(&socket)
         } else {
             ring.cancel(self.source.token(self.generation << 1 | 1));
-            Err(std::io::ErrorKind::TimedOut.into())
+            Err(io::ErrorKind::TimedOut.into())
         };
         let link = result.and_then(|()| TcpLink::new(Arc::new(socket), self.source, self.generation));
         match link {
