@@ -5,15 +5,19 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use devices::disk::volume::opcode;
+use transport::blocking::Client;
 use transport::buffer::Buffer;
 use transport::channel::{Call, Channel, Config, Event};
 use transport::ring::Ring;
 use transport::server::{self, Connection, Limits, Sessions};
-use transport::wire::{Body, Class, Status};
+use transport::wire::{Body, Class, MAX_PAYLOAD, Status};
 
+use crate::agent::Agent;
 use crate::bench::{Bench, Readings, Suite};
 use crate::figure::{Reading, Spec};
 use crate::floor::tcp::{PingPong, Stream};
+use crate::smaps;
 use crate::stats::{median, micros, percentile, rate};
 
 const fn spec(name: &'static str, unit: &'static str, baseline: &'static str) -> Spec {
@@ -28,6 +32,7 @@ pub const SUITE: Suite = Suite {
         spec("transport.request_4k_depth64", "1/s", "its own depth 1"),
         spec("transport.bulk_64k", "GB/s", "bare TCP stream"),
         spec("transport.urgent_p99_under_bulk", "us", "urgent p99 without bulk"),
+        spec("transport.memory_per_idle_connection", "KiB", ""),
     ],
     run,
 };
@@ -64,8 +69,44 @@ fn run(bench: &Bench, readings: &mut Readings) -> Result<()> {
     readings.add(Reading::beside("transport.request_4k_depth64", median(&many), one));
     readings.add(Reading::beside("transport.bulk_64k", median(&bulk), median(&flow)));
     readings.add(Reading::beside("transport.urgent_p99_under_bulk", median(&busy), median(&idle)));
+    if let Err(why) = idle_memory(bench, readings) {
+        readings.missing("transport.memory_per_idle_connection", format!("{why:#}"));
+    }
     Ok(())
 }
+
+/// What an agent holds for each peer that is connected and asks nothing.
+fn idle_memory(bench: &Bench, readings: &mut Readings) -> Result<()> {
+    const PEERS: u64 = 40;
+    let volume = bench.directory().join("empty.raw");
+    std::fs::File::create(&volume)?.set_len(1 << 20)?;
+    let agent = Agent::start(bench, &volume, false)?;
+    let connect = || -> Result<Client> {
+        let mut client = Client::new(agent.address(), "bench")?;
+        client.call(
+            Class::Control,
+            opcode::VOLUMES,
+            &[],
+            Vec::new(),
+            MAX_PAYLOAD,
+            Duration::from_secs(10),
+        )?;
+        Ok(client)
+    };
+    let _first = connect()?; // what the process needs once, whoever comes
+    let before = smaps::held(agent.pid(), NOTHING)?.pss;
+    let peers = (0..PEERS).map(|_| connect()).collect::<Result<Vec<_>>>()?;
+    let after = smaps::held(agent.pid(), NOTHING)?.pss;
+    drop(peers);
+    let each = after.saturating_sub(before) as f64 / 1024.0 / PEERS as f64;
+    let note =
+        format!("the agent's proportional set size, of {PEERS} connections; kernel memory is not in it");
+    readings.add(Reading::floor("transport.memory_per_idle_connection", each).note(note));
+    Ok(())
+}
+
+/// No mapping is left out: none is of this size.
+const NOTHING: u64 = 0;
 
 /// Requests of one kind that are kept in flight.
 #[derive(Clone, Copy)]
