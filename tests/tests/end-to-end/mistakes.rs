@@ -1,14 +1,17 @@
 //! What is not there, not right or full: a clear line, and nothing lost.
 
 use anyhow::{Result, ensure};
-use lab::scene::{Scene, start_agent};
+use lab::guest::PATIENCE;
+use lab::images::Image;
+use lab::initramfs::Initramfs;
+use lab::scene::{Scene, start_agent, wait_until};
 use lab::{Guest, Output};
 
 pub(crate) const TESTS: &[(&str, crate::Test)] = &[
     ("mistakes::a_missing_agent_volume_or_lease_is_said_in_one_line", a_missing_agent_volume_or_lease),
     ("mistakes::a_volume_file_that_is_too_short_is_refused", a_volume_file_that_is_too_short_is_refused),
     (
-        "mistakes::a_full_disk_under_the_agent_is_an_error_in_the_guest_and_harms_nothing_else",
+        "mistakes::a_full_disk_under_the_agent_pauses_the_guests_writes_until_there_is_room",
         a_full_disk_under_the_agent,
     ),
 ];
@@ -33,12 +36,12 @@ fn a_missing_agent_volume_or_lease() -> Result<()> {
     refused(&mini("v", "").run(&scene.console)?, &[&scene.agent()])?;
 
     scene.serve(&[("v", "/srv/omega/v.raw")])?;
-    refused(&mini("w", "").run(&scene.console)?, &["`w`", "`v`"])?;
+    refused(&mini("w", "").run(&scene.console)?, &["no volume named w", "it serves v"])?;
 
     let holder = mini("v", "").start(&scene.console)?;
     holder.expect("omega-mini: hanging")?;
     let second = Guest::mini("second", "hang").remote_disk(&scene.agent(), "v", "");
-    refused(&second.run(&scene.console)?, &["`v`", "lease"])?;
+    refused(&second.run(&scene.console)?, &["volume v", "leased"])?;
     ensure!(!holder.ended(), "the holder lost its volume: {}", holder.console());
     holder.signal(libc::SIGTERM)?;
     holder.signal(libc::SIGTERM)?;
@@ -81,35 +84,40 @@ fn a_volume_file_that_is_too_short_is_refused() -> Result<()> {
 
 fn a_full_disk_under_the_agent() -> Result<()> {
     let scene = Scene::new("full", None)?;
-    // A volume of 64 MiB on a file system of 24 MiB, as sparse images do.
-    scene
-        .helper
+    // A sparse volume of 64 MiB on a file system of 24 MiB, half of which something else fills.
+    let helper = &scene.helper;
+    helper
         .run(
             "truncate -s 24M /root/small && mkfs.ext4 -q -m 0 /root/small && mkdir -p /srv/omega && \
-         mount -o loop /root/small /srv/omega && truncate -s 64M /srv/omega/v.raw",
+             mount -o loop /root/small /srv/omega && truncate -s 64M /srv/omega/v.raw && \
+             head -c 10M /dev/urandom >/srv/omega/other",
         )?
         .ok()?;
     scene.serve(&[("v", "/srv/omega/v.raw")])?;
     let script = "#!/bin/sh\n\
         dd if=/dev/zero bs=64k count=32 | tr '\\0' A >/run/a\n\
+        dd if=/dev/urandom bs=64k count=192 of=/run/b\n\
         dd if=/run/a of=/dev/vda bs=64k conv=fsync || exit 1\n\
-        dd if=/dev/urandom of=/dev/vda bs=1M seek=2 conv=fsync && exit 2\n\
+        dd if=/run/b of=/dev/vda bs=64k seek=32 conv=fsync || exit 2\n\
         echo 3 >/proc/sys/vm/drop_caches\n\
         dd if=/dev/vda bs=64k count=32 | cmp - /run/a || exit 3\n\
-        dd if=/run/a of=/dev/vda bs=64k conv=fsync || exit 4\n";
-    let initrd = lab::initramfs::Initramfs::from_file(&lab::images::Image::get("mini")?.file("initrd"))?
+        dd if=/dev/vda bs=64k skip=32 count=192 | cmp - /run/b || exit 4\n";
+    let initrd = Initramfs::from_file(&Image::get("mini")?.file("initrd"))?
         .file("lab/run", 0o755, script.as_bytes())
         .finish();
     scene.console.put_bytes(&initrd, "/images/full/initrd", 0o644)?;
-    let output = Guest::mini("mini", "run")
+    let guest = Guest::mini("mini", "run")
         .initrd("/images/full/initrd")
         .remote_disk(&scene.agent(), "v", "")
-        .run(&scene.console)?;
-    ensure!(output.text().contains("omega-mini: ok: run"), "{}", output.all());
-    ensure!(scene.helper.run("systemctl is-active omega-agent")?.success(), "the agent ended");
-    ensure!(
-        scene.helper.run("journalctl --no-pager -o cat -u omega-agent")?.text().contains("space"),
-        "the agent does not say that its disk is full"
-    );
+        .start(&scene.console)?;
+    wait_until("`omega run` says that the agent's disk is full", PATIENCE, || {
+        ensure!(!guest.ended(), "the guest ended: {}", guest.wait()?.all());
+        Ok(guest.process().errors_so_far().contains("No space is left"))
+    })?;
+    ensure!(helper.run("systemctl is-active omega-agent")?.success(), "the agent ended");
+    helper.run("rm /srv/omega/other")?.ok()?;
+    let output = guest.wait()?;
+    ensure!(output.code == 0 && output.text().contains("omega-mini: ok: run"), "{}", output.all());
+    ensure!(!output.text().contains("I/O error"), "the guest met an error: {}", output.all());
     Ok(())
 }
