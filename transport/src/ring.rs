@@ -8,7 +8,7 @@
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 
@@ -77,6 +77,7 @@ pub struct Ring {
     uring: IoUring,
     backlog: VecDeque<squeue::Entry>,
     put_back: VecDeque<Completion>,
+    haste: Haste,
     sources: u16,
     /// Registered buffers by index; empty until the first is registered.
     registered: Vec<Option<Buffer>>,
@@ -86,6 +87,41 @@ pub struct Ring {
 
 /// Entries of the table of registered buffers.
 const REGISTERED: u32 = 256;
+
+/// The longest time for which a wait watches the ring instead of sleeping: about what it costs to sleep and
+/// be woken on another CPU.
+const SPIN: Duration = Duration::from_micros(20);
+
+/// So many short waits in a row make the next one watch.
+const SHORT_WAITS: u32 = 8;
+
+/// Decides whether to watch or to sleep, by how long the last waits were.
+struct Haste {
+    short: u32,
+    /// With one CPU, whoever we wait for could not run meanwhile.
+    alone: bool,
+}
+
+impl Haste {
+    fn new() -> Self {
+        Self { short: 0, alone: std::thread::available_parallelism().is_ok_and(|cpus| cpus.get() == 1) }
+    }
+
+    fn pays(&self) -> bool {
+        self.short >= SHORT_WAITS && !self.alone
+    }
+
+    /// A wait that slept took so long.
+    fn note(&mut self, took: Duration) {
+        self.short = if took < SPIN * 2 { SHORT_WAITS.min(self.short + 1) } else { 0 };
+    }
+
+    /// It was watched in vain.
+    fn missed(&mut self) {
+        // A few misses among many hits are well spent.
+        self.short = self.short.saturating_sub(SHORT_WAITS / 4);
+    }
+}
 
 /// Source 0: the ring's own operations, whose completions nobody waits for.
 const OWN: Source = Source(0);
@@ -112,7 +148,9 @@ impl Ring {
             Err(e) => return Err(e),
         };
         let (backlog, put_back) = (VecDeque::new(), VecDeque::new());
-        Ok(Self { uring, backlog, put_back, sources: OWN.0, registered: Vec::new(), orphans: Vec::new() })
+        let haste = Haste::new();
+        let (registered, orphans) = (Vec::new(), Vec::new());
+        Ok(Self { uring, backlog, put_back, haste, sources: OWN.0, registered, orphans })
     }
 
     /// A new source.
@@ -219,7 +257,30 @@ impl Ring {
     /// As [`submit`](Self::submit).
     pub fn wait(&mut self, timeout: Option<Duration>) -> io::Result<()> {
         let ready = !self.put_back.is_empty() || !self.uring.completion().is_empty();
-        self.enter(usize::from(!ready), timeout)
+        if ready || timeout.is_some_and(|timeout| timeout.is_zero()) {
+            return self.enter(0, None);
+        }
+        if !self.haste.pays() {
+            let began = Instant::now();
+            let result = self.enter(1, timeout);
+            self.haste.note(began.elapsed());
+            return result;
+        }
+        self.enter(0, None)?;
+        let began = Instant::now();
+        while !self.stirs() {
+            if began.elapsed() >= SPIN {
+                self.haste.missed();
+                break;
+            }
+            std::hint::spin_loop();
+        }
+        self.enter(1, timeout)
+    }
+
+    /// Whether a wait would end at once.
+    fn stirs(&mut self) -> bool {
+        !self.uring.completion().is_empty() || self.uring.submission().taskrun()
     }
 
     fn enter(&mut self, want: usize, timeout: Option<Duration>) -> io::Result<()> {
@@ -301,8 +362,11 @@ impl AsRawFd for Ring {
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsFd;
+
+    use nix::sys::eventfd::EventFd;
+
     use super::*;
-    use std::time::Instant;
 
     #[test]
     fn more_operations_than_entries_all_complete() {
@@ -342,6 +406,31 @@ mod tests {
             assert!(Instant::now() < deadline, "the poll completes");
         };
         assert_eq!(completion.token, source.token(7));
+    }
+
+    #[test]
+    fn a_ring_in_haste_sees_what_comes_sleeps_in_the_end_and_calms_down() {
+        let mut ring = Ring::new(4).expect("io_uring works here");
+        ring.haste = Haste { short: SHORT_WAITS, alone: false };
+        let start = Instant::now();
+        ring.wait(Some(Duration::from_millis(20))).expect("it waits");
+        assert!(start.elapsed() >= Duration::from_millis(20) && ring.reap().is_none());
+        assert!(!ring.haste.pays(), "it was in vain");
+        let event = EventFd::new().expect("an event");
+        let source = ring.source();
+        for late in [0, 5] {
+            ring.haste = Haste { short: SHORT_WAITS, alone: false };
+            ring.poll_readable(event.as_fd().as_raw_fd(), false, source.token(late));
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    std::thread::sleep(Duration::from_millis(late));
+                    event.write(1).expect("it counts");
+                });
+                ring.wait(Some(Duration::from_secs(10))).expect("it waits");
+                assert_eq!(ring.reap().map(|done| done.token.payload()), Some(late));
+            });
+            event.read().expect("it was rung");
+        }
     }
 
     #[test]
