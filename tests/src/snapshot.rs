@@ -19,6 +19,8 @@ use crate::pc::Pc;
 use crate::qmp::Qmp;
 
 const PATIENCE: Duration = Duration::from_secs(300);
+/// How many snapshots are kept beside a new one, 100 to 200 MB each.
+const KEPT: usize = 5;
 
 /// A saved PC.
 pub(crate) struct Snapshot {
@@ -39,16 +41,26 @@ pub(crate) fn of(pc: &Pc) -> Result<Option<Snapshot>> {
         .map_err(|(_, error)| error)
         .context("The snapshots' lock")?;
     if !folder.join("done").exists() {
-        for old in fs::read_dir(&cache)?.flatten().filter(|e| e.path().is_dir()) {
-            // Snapshots of other machines are of no more use once an image or a program has changed; those
-            // of this run are made again in seconds.
-            if old.metadata()?.modified()?.elapsed().unwrap_or_default() > Duration::from_secs(24 * 3600) {
-                fs::remove_dir_all(old.path())?;
-            }
-        }
+        remove_all_but(KEPT, &cache)?;
         make(pc, &folder)?;
     }
     Ok(Some(Snapshot { folder }))
+}
+
+/// Removes the oldest snapshots: those of programs and images that have changed since.
+fn remove_all_but(kept: usize, cache: &Path) -> Result<()> {
+    let mut folders = Vec::new();
+    for entry in fs::read_dir(cache)?.flatten() {
+        let about = entry.metadata()?;
+        if about.is_dir() {
+            folders.push((about.modified()?, entry.path()));
+        }
+    }
+    folders.sort();
+    for (_, old) in folders.iter().rev().skip(kept) {
+        fs::remove_dir_all(old)?;
+    }
+    Ok(())
 }
 
 fn key(pc: &Pc) -> Result<String> {

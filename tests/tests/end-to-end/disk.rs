@@ -8,6 +8,7 @@ use lab::scene::{Scene, install_agent, serve};
 pub(crate) const TESTS: &[(&str, crate::Test)] = &[
     ("disk::a_volume_on_the_second_pc_is_read_and_written", a_volume_on_the_second_pc_is_read_and_written),
     ("disk::the_agent_may_be_on_the_same_pc", the_agent_may_be_on_the_same_pc),
+    ("disk::patience_that_ends_is_an_io_error_where_that_was_asked_for", patience_that_ends_is_an_io_error),
     ("disk::debian_boots_from_the_second_pc_and_fio_verifies_its_disk", debian_boots_from_the_second_pc),
 ];
 
@@ -40,6 +41,22 @@ fn the_agent_may_be_on_the_same_pc() -> Result<()> {
     serve(&scene.console, "127.0.0.1", &[("v", "/srv/omega/v.raw")])?;
     let output = Guest::mini("mini", "write").remote_disk("127.0.0.1", "v", "").run(&scene.console)?;
     ensure!(output.code == 0 && output.text().contains("omega-mini: ok: write"), "{}", output.all());
+    Ok(())
+}
+
+fn patience_that_ends_is_an_io_error() -> Result<()> {
+    let scene = Scene::new("patience", None)?;
+    scene.serve(&[("v", "/srv/omega/v.raw")])?;
+    let guest = Guest::mini("mini", "button,write,poweroff")
+        .remote_disk(&scene.agent(), "v", "patience = \"5s\", on_timeout = \"error\"")
+        .start(&scene.console)?;
+    guest.expect("omega-mini: waiting for the power button")?;
+    scene.lan.cut("helper");
+    guest.signal(libc::SIGTERM)?;
+    guest.expect("omega-mini: failed: write")?;
+    scene.lan.heal("helper");
+    let output = guest.wait()?;
+    ensure!(output.code == 0, "{}", output.all());
     Ok(())
 }
 

@@ -43,8 +43,7 @@ fn a_missing_agent_volume_or_lease() -> Result<()> {
     let second = Guest::mini("second", "hang").remote_disk(&scene.agent(), "v", "");
     refused(&second.run(&scene.console)?, &["volume v", "leased"])?;
     ensure!(!holder.ended(), "the holder lost its volume: {}", holder.console());
-    holder.signal(libc::SIGTERM)?;
-    holder.signal(libc::SIGTERM)?;
+    scene.console.run("omega stop --force mini")?.ok()?;
     holder.wait()?;
     let next = Guest::mini("second", "write").remote_disk(&scene.agent(), "v", "").run(&scene.console)?;
     ensure!(
