@@ -193,3 +193,7 @@ fn kernel_end(start: u64, end: u64, header: Option<&setup_header>) -> u64 {
     let needs = header.map_or(0, |header| u64::from(header.init_size));
     end.max(start.saturating_add(needs))
 }
+
+#[cfg(test)]
+#[path = "kernel_test.rs"]
+mod tests;

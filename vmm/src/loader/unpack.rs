@@ -117,3 +117,7 @@ fn lz4_legacy(mut from: impl Read, to: &mut impl Write) -> io::Result<()> {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "unpack_test.rs"]
+mod tests;
