@@ -263,7 +263,9 @@ fn a_guests_whole_run_passes_the_filters() {
         at("disk").display()
     );
     std::fs::write(at("guest.toml"), config).expect("it is written");
-    let output = Command::new(std::env::current_exe().expect("this program"))
+    let output = Command::new("timeout") // a guest that hangs ends with 124
+        .arg("60")
+        .arg(std::env::current_exe().expect("this program"))
         .args(["--exact", "seccomp::tests::runs_the_machine_that_another_test_asks_for", "--nocapture"])
         .env(MACHINE, format!("kill {}", directory.path().display()))
         .env_remove("RUST_BACKTRACE")
