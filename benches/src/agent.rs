@@ -1,6 +1,5 @@
 //! A real agent, as its own process.
 
-use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -8,6 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use crate::bench::Bench;
+use crate::peer::{answers, free_port};
 
 /// An agent that serves one volume, `bench`, read-only. Dropping it ends its process.
 pub struct Agent {
@@ -22,7 +22,7 @@ impl Agent {
     /// # Errors
     /// The agent is not built or does not come up.
     pub fn start(bench: &Bench, volume: &Path, direct: bool) -> Result<Self> {
-        let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port();
+        let port = free_port()?;
         let address = format!("127.0.0.1:{port}");
         let folder = tempfile::tempdir_in(bench.directory())?.keep();
         let (config, log) = (folder.join("agent.toml"), folder.join("agent.log"));
@@ -43,7 +43,7 @@ impl Agent {
             .context("omega-agent cannot be started")?;
         let mut agent = Self { child, address, log };
         let deadline = Instant::now() + Duration::from_secs(10);
-        while TcpStream::connect(&agent.address).is_err() {
+        while !answers(port) {
             let ended = agent.child.try_wait()?.is_some();
             if ended || Instant::now() > deadline {
                 bail!("omega-agent does not come up: {}", std::fs::read_to_string(&agent.log)?.trim());

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use devices::disk::{Disk, Done, Operation, Request};
 use devices::virtio::blk;
-use devices::virtio::testing::{DriverQueue, Harness};
+use devices::virtio::testing::{DriverQueue, Harness, InlineBlk, Used};
 use transport::buffer::Buffer;
 use transport::ring::Ring;
 use vm_memory::{Bytes, GuestAddress};
@@ -141,22 +141,54 @@ const DATA: u64 = 0x1_0000;
 const SEGMENT: u64 = 64 << 10;
 const QUEUE: u16 = 256;
 
+/// Guest RAM of the machine around the device.
+const RAM: usize = 64 << 20;
+
 /// A virtio block device whose queue a software driver works.
 pub struct Queued {
     harness: Harness,
     queue: DriverQueue,
+    /// The device, where it runs on the driver's thread.
+    inline: Option<InlineBlk>,
     size: u64,
 }
 
 impl Queued {
-    /// A device on `disk`, set up through its PCI registers.
+    /// A device on `disk` with its worker thread: doorbells and interrupts wake threads.
     #[must_use]
-    pub fn new(disk: Box<dyn Disk>) -> Self {
+    pub fn threaded(disk: Box<dyn Disk>) -> Self {
         let size = disk.geometry().size;
         let device = blk::Blk::new(disk, &blk::Options::default());
-        let harness = Harness::new(Box::new(device), 64 << 20);
+        let harness = Harness::new(Box::new(device), RAM);
         let queue = harness.run(1, QUEUE).pop().expect("one queue was asked for");
-        Self { harness, queue, size }
+        Self { harness, queue, inline: None, size }
+    }
+
+    /// A device on `disk` that runs on the driver's thread: its queue is driven directly.
+    ///
+    /// # Errors
+    /// The disk cannot be attached.
+    pub fn inline(disk: Box<dyn Disk>) -> Result<Self> {
+        let size = disk.geometry().size;
+        let (harness, queue, inline) = InlineBlk::new(disk, RAM, QUEUE)?;
+        Ok(Self { harness, queue, inline: Some(inline), size })
+    }
+
+    /// The next used buffer; `rung`: there are new requests.
+    fn wait(&mut self, mut rung: bool) -> Result<Used> {
+        const PATIENCE: Duration = Duration::from_secs(30);
+        let Some(inline) = &mut self.inline else {
+            return self.queue.wait_up_to(PATIENCE).context("The queue does not answer");
+        };
+        let deadline = Instant::now() + PATIENCE;
+        while Instant::now() < deadline {
+            inline.turn(rung, Duration::from_secs(1))?;
+            rung = false;
+            if let Some(used) = self.queue.poll() {
+                return Ok(used);
+            }
+        }
+        bail!("The queue does not answer")
     }
 
     fn at(&self, offset: u64) -> GuestAddress {
@@ -202,8 +234,7 @@ impl Reader for Queued {
             if in_flight == 0 {
                 return Ok(Outcome { times, elapsed: end.unwrap_or(start) - start });
             }
-            let mut used =
-                Some(self.queue.wait_up_to(Duration::from_secs(30)).context("The queue does not answer")?);
+            let mut used = Some(self.wait(kick)?);
             while let Some(done) = used {
                 let (now, slot) = (Instant::now(), slots[usize::from(done.head)]);
                 let status: u8 = self.harness.memory.read_obj(self.at(STATUSES + slot as u64))?;

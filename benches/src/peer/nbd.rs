@@ -1,11 +1,12 @@
 //! NBD servers with `qemu-img bench` as their client.
 
-use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+
+use super::{answers, free_port};
 
 /// Which server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,7 +29,7 @@ impl Nbd {
     /// # Errors
     /// The program is missing or does not come up.
     pub fn start(server: Server, file: &Path) -> Result<Self> {
-        let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port();
+        let port = free_port()?;
         let mut command = match server {
             Server::QemuNbd => Command::new("qemu-nbd"),
             Server::Nbdkit => Command::new("nbdkit"),
@@ -48,7 +49,7 @@ impl Nbd {
         let child = child.with_context(|| format!("{server:?} cannot be started (is it installed?)"))?;
         let nbd = Self { child, port };
         let deadline = Instant::now() + Duration::from_secs(10);
-        while TcpStream::connect((Ipv4Addr::LOCALHOST, port)).is_err() {
+        while !answers(port) {
             if Instant::now() > deadline {
                 bail!("{server:?} does not come up");
             }

@@ -1,5 +1,6 @@
-//! The remote disk over loopback, without a guest: driven directly, and through the queue of a virtio block
-//! device.
+//! The remote disk over loopback, without a guest: as a disk, through the queue of a virtio block device that
+//! is driven directly, and with the device's own thread, where doorbells and interrupts wake threads as well
+//! (a guest's are delivered by KVM).
 
 use std::path::Path;
 
@@ -21,6 +22,10 @@ const FLOOR: &str = "bare TCP round trip + local read";
 const NBD: &str = "the better of qemu-nbd and nbdkit";
 const STREAM: &str = "bare TCP stream";
 
+const fn info(name: &'static str, unit: &'static str, baseline: &'static str) -> Spec {
+    Spec { name, unit, baseline, target: None }
+}
+
 const fn spec(name: &'static str, unit: &'static str, baseline: &'static str, target: Target) -> Spec {
     Spec { name, unit, baseline, target: Some(target) }
 }
@@ -35,6 +40,9 @@ pub const SUITE: Suite = Suite {
         spec("disk.queue.read_4k_depth1", "us", FLOOR, Target::AtMost(1.25)),
         spec("disk.queue.read_4k_depth32", "IOPS", NBD, Target::AtLeast(1.5)),
         spec("disk.queue.read_1m", "GB/s", STREAM, Target::AtLeast(0.7)),
+        info("disk.thread.read_4k_depth1", "us", FLOOR),
+        info("disk.thread.read_4k_depth32", "IOPS", NBD),
+        info("disk.thread.read_1m", "GB/s", STREAM),
     ],
     run,
 };
@@ -47,10 +55,12 @@ fn run(bench: &Bench, readings: &mut Readings) -> Result<()> {
     let volume = file::make(bench.directory(), if bench.quick { 64 << 20 } else { 256 << 20 })?;
     let agent = Agent::start(bench, &volume, false)?;
     let mut direct = Direct::new(connect(&agent)?)?;
-    let mut queue = Queued::new(connect(&agent)?);
-    let mut sides: [(&mut dyn Reader, [&'static str; 3]); 2] = [
+    let mut queue = Queued::inline(connect(&agent)?)?;
+    let mut thread = Queued::threaded(connect(&agent)?);
+    let mut sides: [(&mut dyn Reader, [&'static str; 3]); 3] = [
         (&mut direct, ["disk.direct.read_4k_depth1", "disk.direct.read_4k_depth32", "disk.direct.read_1m"]),
         (&mut queue, ["disk.queue.read_4k_depth1", "disk.queue.read_4k_depth32", "disk.queue.read_1m"]),
+        (&mut thread, ["disk.thread.read_4k_depth1", "disk.thread.read_4k_depth32", "disk.thread.read_1m"]),
     ];
     latency(bench, readings, &mut sides, &volume)?;
     throughput(bench, readings, &mut sides)?;

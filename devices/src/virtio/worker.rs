@@ -176,6 +176,11 @@ impl<B: Backend> Worker<B> {
         self.running.as_ref().map(|(caller, _)| caller)
     }
 
+    /// The back end, before it is started.
+    pub(crate) fn take_backend(&mut self) -> Option<B> {
+        self.backend.take()
+    }
+
     pub(crate) fn activate(&self, activation: Activation) -> io::Result<()> {
         let caller = self.caller().ok_or_else(|| io::Error::other("the device was not started"))?;
         caller.order(Order::Activate(Box::new(activation)));
@@ -243,33 +248,35 @@ impl<B: Backend> Loop<B> {
     }
 
     fn run(&mut self) {
-        loop {
-            self.take_orders();
-            let again = self.serve();
-            let now = Instant::now();
-            let next = match self.backend.tick(&mut self.ring, self.active.as_mut(), now) {
-                Ok(next) => next,
-                Err(broken) => {
-                    self.fail(broken);
-                    None
-                }
-            };
-            self.signal();
-            self.leave(now);
-            if self.quit && self.active.is_none() {
-                self.backend.close(&mut self.ring);
-                return;
-            }
-            let until =
-                [next, self.leaving.as_ref().map(|(deadline, _)| *deadline)].into_iter().flatten().min();
-            let timeout =
-                if again { Some(Duration::ZERO) } else { until.map(|at| at.saturating_duration_since(now)) };
+        while let Some(timeout) = self.prepare() {
             if let Err(error) = self.ring.wait(timeout) {
                 tracing::error!(device = self.kind, %error, "the worker's ring failed");
                 return self.linger();
             }
             self.reap();
         }
+    }
+
+    /// Everything before a wait: how long that may be, or `None` at the end.
+    fn prepare(&mut self) -> Option<Option<Duration>> {
+        self.take_orders();
+        let again = self.serve();
+        let now = Instant::now();
+        let next = match self.backend.tick(&mut self.ring, self.active.as_mut(), now) {
+            Ok(next) => next,
+            Err(broken) => {
+                self.fail(broken);
+                None
+            }
+        };
+        self.signal();
+        self.leave(now);
+        if self.quit && self.active.is_none() {
+            self.backend.close(&mut self.ring);
+            return None;
+        }
+        let until = [next, self.leaving.as_ref().map(|(deadline, _)| *deadline)].into_iter().flatten().min();
+        Some(if again { Some(Duration::ZERO) } else { until.map(|at| at.saturating_duration_since(now)) })
     }
 
     /// The ring is gone, and with it the device; only the queues are still handed back when asked for.
@@ -416,5 +423,48 @@ impl<B: Backend> Loop<B> {
         } else if let Some((_, returned)) = self.leaving.take() {
             returned(Vec::new());
         }
+    }
+}
+
+/// A worker without a thread: its caller takes the turns.
+pub(crate) struct Inline<B: Backend>(Loop<B>);
+
+impl<B: Backend> Inline<B> {
+    /// Attaches `backend` to a ring of this thread and serves the queues of `activation`.
+    pub(crate) fn new(
+        kind: &'static str,
+        entries: u32,
+        mut backend: B,
+        activation: Activation,
+    ) -> io::Result<Self> {
+        let mut ring = Ring::new(entries)?;
+        backend.attach(&mut ring)?;
+        let event = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
+        let (_, nobody) = channel();
+        let mut inner = Loop::new(kind, ring, backend, nobody, event);
+        inner.activate(activation);
+        Ok(Self(inner))
+    }
+
+    /// One turn of the loop, which waits at its end for up to `patience` if nothing is to do. `rung`: the
+    /// first queue's doorbell was.
+    pub(crate) fn turn(&mut self, rung: bool, patience: Duration) -> io::Result<()> {
+        if let (true, Some(first)) = (rung, self.0.active.as_mut().and_then(|queues| queues.rung.first_mut()))
+        {
+            *first = true;
+        }
+        let timeout = self.0.prepare().flatten().unwrap_or(patience);
+        self.0.ring.wait(Some(timeout.min(patience)))?;
+        self.0.reap();
+        Ok(())
+    }
+}
+
+impl<B: Backend> Drop for Inline<B> {
+    fn drop(&mut self) {
+        if let Some(mut active) = self.0.active.take() {
+            self.0.backend.abort(&mut self.0.ring, &mut active);
+        }
+        self.0.backend.close(&mut self.0.ring);
     }
 }

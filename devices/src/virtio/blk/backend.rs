@@ -28,7 +28,7 @@ struct InFlight {
     flush_after: bool,
 }
 
-pub(super) struct BlkBackend {
+pub(crate) struct BlkBackend {
     disk: Box<dyn Disk>,
     geometry: Geometry,
     id: [u8; ID_LEN],

@@ -11,7 +11,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use self::backend::BlkBackend;
+pub(crate) use self::backend::BlkBackend;
 pub use self::counters::{Counters, OperationCounters, Snapshot};
 use super::worker::Worker;
 use super::{Activation, Chain, Interrupts, Returned, VirtioDevice};
@@ -86,6 +86,11 @@ impl Blk {
         let worker = Worker::new(BlkBackend::new(disk, id, counters.clone()));
         let config = configuration(&geometry, queues);
         Self { geometry, queues, config, counters, worker }
+    }
+
+    /// What its worker would drive, for who takes the turns himself.
+    pub(crate) fn take_backend(&mut self) -> Option<BlkBackend> {
+        self.worker.take_backend()
     }
 
     /// What the guest did with the disk, counted as it happens.

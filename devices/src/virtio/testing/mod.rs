@@ -2,6 +2,7 @@
 //! queues. For tests and benchmarks, here and in other crates; panics where a test should fail.
 
 mod fakes;
+mod inline;
 mod queue;
 
 use std::sync::Arc;
@@ -10,6 +11,7 @@ use std::time::Duration;
 use vm_memory::GuestAddress;
 
 pub use self::fakes::{Doorbells, Route, Routes};
+pub use self::inline::InlineBlk;
 pub use self::queue::{DriverQueue, INDIRECT, NEXT, Used, WRITE};
 use super::VirtioDevice;
 use super::features::VERSION_1;

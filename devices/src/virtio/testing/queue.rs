@@ -84,6 +84,13 @@ impl DriverQueue {
         self
     }
 
+    /// Without a doorbell: whoever drives the device knows when there is something.
+    #[must_use]
+    pub fn silent(mut self) -> Self {
+        self.doorbell = None;
+        self
+    }
+
     /// The vector.
     ///
     /// # Panics
