@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader};
-use std::process::{Command, ExitCode, Stdio};
+use std::process::{Command, ExitCode};
 use std::time::Instant;
 
 /// What a test stands on.
@@ -21,7 +21,7 @@ impl Kind {
     fn of(test: &str, group: Kind) -> Self {
         if group == Kind::Lab {
             Kind::Lab
-        } else if test.contains("micro_guest") {
+        } else if MICRO_GUESTS.iter().any(|part| test.contains(part)) {
             Kind::MicroGuest
         } else if test.contains("fuzz") {
             Kind::FuzzCorpus
@@ -40,6 +40,10 @@ impl Kind {
     }
 }
 
+/// What the names of tests that run guests of a few instructions on `/dev/kvm` contain.
+const MICRO_GUESTS: &[&str] =
+    &["kvm::micro::", "tests/run.rs ", "tests/terminal.rs ", "a_trial_guest_agrees", "a_guests_whole_run"];
+
 /// How many tests of one kind ended how.
 #[derive(Clone, Copy, Default, Debug, PartialEq, Eq)]
 struct Tally {
@@ -54,26 +58,39 @@ struct Reader {
     passed: Vec<String>,
     failed: Vec<String>,
     skipped: Vec<(String, String)>,
+    /// The test program that runs, as cargo names it.
+    program: String,
     /// The test whose captured output is being shown.
     shown: Option<String>,
 }
 
 impl Reader {
     fn line(&mut self, line: &str) {
-        if let Some(test) = line.strip_prefix("---- ").and_then(|rest| rest.split(' ').next()) {
-            self.shown = Some(test.to_owned());
+        if let Some(program) = line.trim_start().strip_prefix("Running ") {
+            let program = program.split(" (").next().unwrap_or(program);
+            self.program = program.trim_start_matches("unittests ").to_owned();
+        } else if let Some(test) = line.strip_prefix("---- ").and_then(|rest| rest.split(' ').next()) {
+            self.shown = Some(self.full(test));
         } else if let Some((test, end)) = line.strip_prefix("test ").and_then(|rest| rest.split_once(" ... "))
         {
             match end.split([' ', ',', '<']).next() {
-                Some("ok") => self.passed.push(test.to_owned()),
-                Some("FAILED") => self.failed.push(test.to_owned()),
-                Some("ignored") => self.skip(test, end.trim_start_matches("ignored, ")),
+                Some("ok") => self.passed.push(self.full(test)),
+                Some("FAILED") => self.failed.push(self.full(test)),
+                Some("ignored") => {
+                    let why = end.trim_start_matches("ignored, ").trim_start_matches("cannot run: ");
+                    self.skip(&self.full(test), why);
+                }
                 _ => {}
             }
         } else if let Some(why) = line.trim_start().strip_prefix("cannot run:") {
             let test = self.shown.clone().unwrap_or_default();
             self.skip(&test, why.trim());
         }
+    }
+
+    /// The name of a test, unlike those in other programs.
+    fn full(&self, test: &str) -> String {
+        format!("{} {test}", self.program)
     }
 
     /// Counts a test as skipped, once, and no longer as passed.
@@ -89,12 +106,14 @@ impl Reader {
 
 /// Runs one `cargo test`, shows what matters and returns its outcome.
 fn run(arguments: &[&str]) -> std::io::Result<(Reader, bool)> {
+    // Cargo names the programs on standard error and they report on standard output: one pipe keeps the order.
+    let (output, input) = std::io::pipe()?;
     let mut child = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
         .arg("test")
         .args(arguments)
-        .stdout(Stdio::piped())
+        .stdout(input.try_clone()?)
+        .stderr(input)
         .spawn()?;
-    let output = child.stdout.take().ok_or(std::io::ErrorKind::BrokenPipe)?;
     let mut reader = Reader::default();
     let mut inside_success = false;
     for line in BufReader::new(output).lines() {
@@ -199,21 +218,26 @@ mod tests {
     fn a_test_that_says_it_cannot_run_is_skipped_not_passed() {
         let mut reader = Reader::default();
         for line in [
+            "     Running unittests src/lib.rs (target/debug/deps/vmm-1)",
             "test a::works ... ok",
-            "test a::micro_guest_runs ... ok",
+            "test kvm::micro::runs ... ok",
             "test b ... FAILED",
             "test c ... ignored, too slow",
             "test d - should panic ... ok <1.2s>",
             "successes:",
-            "---- a::micro_guest_runs stdout ----",
+            "---- kvm::micro::runs stdout ----",
             "cannot run: there is no /dev/kvm",
             "cannot run: said twice",
+            "     Running tests/run.rs (target/debug/deps/run-2)",
+            "test c ... ok",
         ] {
             reader.line(line);
         }
-        assert_eq!(reader.passed, ["a::works", "d - should panic"]);
-        assert_eq!(reader.failed, ["b"]);
+        assert_eq!(reader.passed, ["src/lib.rs a::works", "src/lib.rs d - should panic", "tests/run.rs c"]);
+        assert_eq!(reader.failed, ["src/lib.rs b"]);
         let skipped: Vec<_> = reader.skipped.iter().map(|(test, _)| test.as_str()).collect();
-        assert_eq!(skipped, ["c", "a::micro_guest_runs"]);
+        assert_eq!(skipped, ["src/lib.rs c", "src/lib.rs kvm::micro::runs"]);
+        assert_eq!(Kind::of(skipped[1], Kind::Unit), Kind::MicroGuest);
+        assert_eq!(Kind::of(&reader.passed[2], Kind::Unit), Kind::MicroGuest);
     }
 }
