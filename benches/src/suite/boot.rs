@@ -67,7 +67,7 @@ fn run(bench: &Bench, readings: &mut Readings) -> Result<()> {
             Err(error) => bench.progress(&format!("boot: QEMU's {name} cannot be measured: {error:#}")),
         }
     }
-    for round in 0..if bench.quick { 1 } else { 5 } {
+    for round in 0..if bench.quick { 1 } else { 3 } {
         bench.progress(&format!("boot: round {}", round + 1));
         for (_, command, times) in &mut usable {
             times.push(boot(&pc, command)?.as_secs_f64());
