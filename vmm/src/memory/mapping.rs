@@ -32,8 +32,11 @@ pub(super) fn map(len: usize, file: Option<(File, u64)>) -> io::Result<MmapRegio
     };
     let flags = flags | libc::MAP_NORESERVE | libc::MAP_FIXED;
     mmap(address, len, READ_WRITE, flags, fd, offset)?;
+    // Not the first one, of which a starting machine touches a few small pages (start info, ACPI tables): a
+    // huge page of zeros there would cost milliseconds before the guest's first instruction.
+    let huge = address.wrapping_byte_add(HUGE.min(len));
     // SAFETY: advice about a mapping of our own. Where the kernel has no huge pages, none come.
-    unsafe { libc::madvise(address, len, libc::MADV_HUGEPAGE) };
+    unsafe { libc::madvise(huge, len.saturating_sub(HUGE), libc::MADV_HUGEPAGE) };
     // SAFETY: `address` is `len` bytes that were mapped just now and are never unmapped.
     let builder = unsafe { MmapRegionBuilder::new(len).with_raw_mmap_pointer(address.cast()) };
     let builder = builder.with_mmap_prot(READ_WRITE).with_mmap_flags(flags & !libc::MAP_FIXED);
