@@ -70,9 +70,9 @@ fn debian_boots_from_the_second_pc() -> Result<()> {
     let kernel = guest.shell("uname -r")?;
     ensure!(kernel == Image::get("debian")?.kernel_version()?, "another kernel: {kernel}");
     ensure!(guest.shell("findmnt -no SOURCE /")? == "/dev/vda", "another root");
-    let fio = "fio --name=verify --filename=/root/fio --size=24M --rw=randrw --bs=4k --bsrange=4k-64k --direct=1 \
+    let fio = "fio --name=verify --filename=/root/fio --size=16M --rw=randrw --bs=4k --bsrange=4k-64k --direct=1 \
                --ioengine=libaio --iodepth=16 --fsync=64 --verify=crc32c --verify_fatal=1 --do_verify=1 \
-               --verify_backlog=512 --loops=2 --output-format=terse >/root/fio.out 2>&1 || { cat /root/fio.out; false; }";
+               --verify_backlog=512 --output-format=terse >/root/fio.out 2>&1 || { cat /root/fio.out; false; }";
     guest.shell(fio)?;
     guest.shell("echo written by the first boot >/root/kept; sync")?;
     let errors =
