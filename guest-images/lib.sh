@@ -108,13 +108,13 @@ as_root() {
     if [ "$(id -u)" -eq 0 ]; then bash -euc "$1"; else mmdebstrap --unshare-helper bash -euc "$1"; fi
 }
 
-# Makes a raw ext4 image of root.tar: $1 = file, $2 = size. $3 is run in the root's folder before.
+# Makes a raw ext4 image of root.tar: $1 = file, $2 = size. Its /dev stays empty: the kernel fills it, and only
+# root could.
 root_disk() {
     truncate -s "$2" "$1"
     chmod 0666 "$1"
     PATH=$PATH:/sbin:/usr/sbin as_root "
-        mkdir root && tar -xf root.tar -C root --numeric-owner
-        (cd root; ${3-:})
+        mkdir root && tar -xf root.tar -C root --numeric-owner --exclude='./dev/*'
         mkfs.ext4 -q -F -L omega-root -E lazy_itable_init=1,lazy_journal_init=1,root_owner=0:0 -d root '$1'
         rm -rf root"
     rm root.tar
