@@ -124,4 +124,8 @@ pub trait Lifecycle: Send + Sync {
     /// # Errors
     /// A request in flight can be neither finished nor given up.
     fn reset(&self) -> Result<(), Error>;
+
+    /// The machine ends and nothing else will be called: threads end, and what the device holds elsewhere, as
+    /// the lease of a volume, is given back. Only while stopped.
+    fn end(&self) {}
 }

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use crate::core::asker::Identity;
 use crate::server::Limits;
@@ -195,12 +195,19 @@ pub(crate) fn random() -> u128 {
 impl Identity {
     /// This process, under `name`.
     pub(crate) fn of_this_process(name: &str) -> Self {
+        Self { name: name.to_owned(), instance: random(), boot: this_boot() }
+    }
+}
+
+/// The boot of this PC's kernel. Read once: a thread that opens a channel again may be confined by then.
+fn this_boot() -> u128 {
+    static BOOT: OnceLock<u128> = OnceLock::new();
+    *BOOT.get_or_init(|| {
         // Without the kernel's word every start counts as a new boot, which costs only care.
         let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok();
         let boot = boot.map(|text| text.chars().filter(char::is_ascii_hexdigit).collect::<String>());
-        let boot = boot.and_then(|hex| u128::from_str_radix(&hex, 16).ok()).unwrap_or_else(random);
-        Self { name: name.to_owned(), instance: random(), boot }
-    }
+        boot.and_then(|hex| u128::from_str_radix(&hex, 16).ok()).unwrap_or_else(random)
+    })
 }
 
 #[cfg(test)]

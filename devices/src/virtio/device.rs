@@ -82,6 +82,10 @@ pub trait VirtioDevice: Send {
     /// The driver reset the device: forget what it configured. Only while not active.
     fn reset(&mut self) {}
 
+    /// The machine ends, after [`deactivate`](Self::deactivate): threads end, what is held elsewhere is given
+    /// back.
+    fn end(&mut self) {}
+
     /// State beyond registers and queues.
     fn save(&self) -> Value {
         Value::Null

@@ -196,6 +196,13 @@ impl<B: Backend> Worker<B> {
 
 impl<B: Backend> Drop for Worker<B> {
     fn drop(&mut self) {
+        self.end();
+    }
+}
+
+impl<B: Backend> Worker<B> {
+    /// Ends the thread, which closes its back end, and waits for it.
+    pub(crate) fn end(&mut self) {
         let Some((caller, thread)) = self.running.take() else { return };
         caller.order(Order::Quit);
         if thread.thread().id() != thread::current().id() {

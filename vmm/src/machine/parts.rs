@@ -169,5 +169,9 @@ impl Parts {
         if let Err(error) = self.each(|device| device.stop()) {
             tracing::warn!(%error, "A device could not be drained at the end");
         }
+        // Controllers hold these parts until the process ends, so nothing would be dropped before.
+        for device in &self.devices {
+            device.life.end();
+        }
     }
 }

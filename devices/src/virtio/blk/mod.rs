@@ -184,6 +184,10 @@ impl VirtioDevice for Blk {
         self.worker.deactivate(patience, returned);
     }
 
+    fn end(&mut self) {
+        self.worker.end();
+    }
+
     fn save(&self) -> Value {
         serde_json::json!(State { sectors: self.geometry.size / SECTOR })
     }

@@ -96,6 +96,10 @@ impl Lifecycle for VirtioPci {
         self.shared.stop(false).map_err(|_| self.stuck())
     }
 
+    fn end(&self) {
+        self.shared.lock().device.end();
+    }
+
     fn save(&self) -> Result<DeviceState, Error> {
         let config = self.config().space.save();
         let device = self.shared.lock();
