@@ -89,10 +89,13 @@ impl Parts {
     pub(super) fn boot(&self) -> Result<(), Error> {
         let _life = lock(&self.life);
         self.gang.pause(PATIENCE)?;
-        self.load_and_start()
+        self.load()?;
+        self.each(|device| device.start())?;
+        self.go();
+        Ok(())
     }
 
-    fn load_and_start(&self) -> Result<(), Error> {
+    fn load(&self) -> Result<(), Error> {
         let memory = self.ram.memory();
         let count = self.vcpus.len() as u8;
         let begun = Instant::now();
@@ -105,16 +108,14 @@ impl Parts {
             lock(first).boot(&entry, memory)?;
         }
         tracing::debug!(took = ?begun.elapsed(), "The kernel is in place");
-        self.each(|device| device.start())?;
-        self.go()
+        Ok(())
     }
 
-    fn go(&self) -> Result<(), Error> {
+    fn go(&self) {
         self.set_state(State::Running);
         if self.state() == State::Running {
             self.gang.resume();
         }
-        Ok(())
     }
 
     fn each(
@@ -127,29 +128,40 @@ impl Parts {
         Ok(())
     }
 
-    /// Stops vCPUs and devices. If a device cannot be drained, the guest runs on.
+    /// Stops vCPUs and devices. If one of them does not stop, the guest runs on.
     pub(super) fn pause(&self) -> Result<(), Error> {
-        self.gang.pause(PATIENCE)?;
-        let stopped = self.each(|device| device.stop());
-        let settled = stopped.and_then(|()| Ok(self.gang.settle(PATIENCE)?));
-        if settled.is_err() {
-            self.each(|device| device.start())?;
-            self.go()?;
-        } else {
+        let paused = self.halt();
+        if paused.is_ok() {
             self.set_state(State::Paused);
+        } else {
+            for device in &self.devices {
+                if let Err(error) = device.life.start() {
+                    tracing::error!(device = device.name, %error, "The device cannot go on after a failed pause");
+                }
+            }
+            self.go();
         }
-        settled
+        paused
+    }
+
+    fn halt(&self) -> Result<(), Error> {
+        self.gang.pause(PATIENCE)?;
+        self.each(|device| device.stop())?;
+        Ok(self.gang.settle(PATIENCE)?)
     }
 
     /// Lets devices and vCPUs go on after a pause.
     pub(super) fn resume(&self) -> Result<(), Error> {
         self.each(|device| device.start())?;
-        self.go()
+        self.go();
+        Ok(())
     }
 
-    /// Back to power-on: devices, RAM, interrupt controllers and vCPUs; then the kernel begins again.
+    /// Back to power-on: devices, RAM, interrupt controllers and vCPUs; then the kernel begins again, unless
+    /// the guest was paused meanwhile: then a resume lets it.
     pub(super) fn reset(&self) -> Result<(), Error> {
         let _life = lock(&self.life);
+        let paused = self.state() == State::Paused;
         self.gang.pause(PATIENCE)?;
         self.each(|device| device.reset())?;
         self.gang.settle(PATIENCE)?;
@@ -160,7 +172,8 @@ impl Parts {
             lock(vcpu).restore(state)?;
         }
         self.resets.fetch_add(1, Ordering::Relaxed);
-        self.load_and_start()
+        self.load()?;
+        if paused { Ok(()) } else { self.resume() }
     }
 
     /// Drains the devices at the end, so that what the guest wrote is where it belongs.
