@@ -42,7 +42,7 @@ struct Job {
 struct Opening {
     id: u64,
     volume: usize,
-    old: Arc<Grant>,
+    earlier: Vec<Arc<Grant>>,
     answer: Opened,
 }
 
@@ -280,13 +280,14 @@ impl Worker {
             }
             self.disks[volume] = Some(disk);
         }
-        let (grant, old) = self.agent.volumes[volume].grant(lease.epoch, self.session);
+        let (grant, earlier) = self.agent.volumes[volume].grant(lease.epoch, self.session);
         self.agent.volumes[volume].heard();
         self.bind(volume, grant);
         let answer = Opened { geometry: image.geometry(), identity: image.identity() };
-        match old {
-            Some(old) => self.opening.push(Opening { id: request.id, volume, old, answer }),
-            None => self.opened(request.id, volume, &answer),
+        if earlier.is_empty() {
+            self.opened(request.id, volume, &answer);
+        } else {
+            self.opening.push(Opening { id: request.id, volume, earlier, answer });
         }
     }
 
@@ -307,7 +308,8 @@ impl Worker {
 
     /// Answers the `open`s whose volume nobody else uses any more.
     fn answer_opened(&mut self) {
-        let ready: Vec<Opening> = self.opening.extract_if(.., |o| o.old.is_idle()).collect();
+        let is_ready = |o: &mut Opening| o.earlier.iter().all(|grant| grant.is_idle());
+        let ready: Vec<Opening> = self.opening.extract_if(.., is_ready).collect();
         for Opening { id, volume, answer, .. } in ready {
             self.opened(id, volume, &answer);
         }

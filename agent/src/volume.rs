@@ -82,6 +82,14 @@ impl Grant {
     }
 }
 
+/// What a volume is granted for, and what that must wait for.
+#[derive(Debug, Default)]
+struct Granted {
+    current: Option<Arc<Grant>>,
+    /// Revoked grants that had requests in flight when last looked at.
+    draining: Vec<Arc<Grant>>,
+}
+
 /// A volume.
 #[derive(Debug)]
 pub struct Volume {
@@ -89,7 +97,7 @@ pub struct Volume {
     pub config: config::Volume,
     image: Mutex<Option<Arc<Image>>>,
     problem: Mutex<Option<String>>,
-    grant: Mutex<Option<Arc<Grant>>>,
+    granted: Mutex<Granted>,
     /// When its holder was last heard of, in milliseconds since `born`.
     seen: AtomicU64,
     born: Instant,
@@ -105,7 +113,7 @@ impl Volume {
             config,
             image: Mutex::new(None),
             problem: Mutex::new(None),
-            grant: Mutex::new(None),
+            granted: Mutex::default(),
             seen: AtomicU64::new(0),
             born: Instant::now(),
             full: AtomicU64::new(0),
@@ -140,29 +148,33 @@ impl Volume {
         lock(&self.problem).clone()
     }
 
-    /// Grants the volume to `session` under `epoch` and revokes what was granted before: that must be idle
-    /// before the new grant is used.
-    pub fn grant(&self, epoch: u64, session: u128) -> (Arc<Grant>, Option<Arc<Grant>>) {
-        let mut current = lock(&self.grant);
+    /// Grants the volume to `session` under `epoch` and revokes what was granted before. Also returns every
+    /// revoked grant that must be idle before the new one is used, not just the last: that one may itself
+    /// have been waiting, unused.
+    pub fn grant(&self, epoch: u64, session: u128) -> (Arc<Grant>, Vec<Arc<Grant>>) {
+        let mut granted = lock(&self.granted);
+        let Granted { current, draining } = &mut *granted;
         if self.config.read_only {
             if let Some(grant) = current.as_ref().filter(|g| g.epoch == epoch) {
-                return (Arc::clone(grant), None);
+                return (Arc::clone(grant), Vec::new());
             }
             let grant = Grant::new(epoch, None);
             *current = Some(Arc::clone(&grant));
-            return (grant, None);
+            return (grant, Vec::new());
         }
         let grant = Grant::new(epoch, Some(session));
-        let old = current.replace(Arc::clone(&grant));
-        if let Some(old) = &old {
+        if let Some(old) = current.replace(Arc::clone(&grant)) {
             old.revoke();
+            draining.push(old);
         }
-        (grant, old)
+        // All are revoked: one that is idle now stays so.
+        draining.retain(|old| !old.is_idle());
+        (grant, draining.clone())
     }
 
     /// Revokes what is granted: its lease is over.
     pub fn revoke(&self) {
-        if let Some(grant) = &*lock(&self.grant) {
+        if let Some(grant) = &lock(&self.granted).current {
             grant.revoke();
         }
     }
@@ -170,9 +182,9 @@ impl Volume {
     /// The grant that `session` has under `epoch`, for a session that goes on over a new connection.
     #[must_use]
     pub fn granted(&self, epoch: u64, session: u128) -> Option<Arc<Grant>> {
-        let grant = lock(&self.grant);
+        let granted = lock(&self.granted);
         let fits = |g: &&Arc<Grant>| g.epoch == epoch && g.session.is_none_or(|s| s == session);
-        grant.as_ref().filter(fits).cloned()
+        granted.current.as_ref().filter(fits).cloned()
     }
 
     /// The holder was heard of.
@@ -185,7 +197,7 @@ impl Volume {
     #[must_use]
     pub fn activity(&self) -> Activity {
         let idle = self.born.elapsed().saturating_sub(Duration::from_millis(self.seen.load(SeqCst)));
-        let connected = lock(&self.grant).as_ref().is_some_and(|g| g.connections.load(SeqCst) > 0);
+        let connected = lock(&self.granted).current.as_ref().is_some_and(|g| g.connections.load(SeqCst) > 0);
         Activity { idle, connected }
     }
 
@@ -251,17 +263,39 @@ mod tests {
         assert!(!grant.enter() && grant.is_idle());
     }
 
+    fn configured(path: std::path::PathBuf) -> config::Volume {
+        config::Volume {
+            name: "a".into(),
+            path,
+            read_only: false,
+            direct: config::DirectIo::Off,
+            create: Some(vmm::units::Bytes(1 << 20)),
+        }
+    }
+
+    #[test]
+    fn a_new_grant_waits_for_all_earlier_ones_however_many_unused_ones_lie_between() {
+        let volume = Volume::new(configured("unused".into()));
+        let (busy, earlier) = volume.grant(1, 1);
+        assert!(earlier.is_empty() && busy.enter());
+        for session in 2..5 {
+            let (unused, earlier) = volume.grant(session as u64, session);
+            assert!(earlier.iter().any(|g| !g.is_idle()), "session {session} waits");
+            assert_eq!(earlier.len(), 1, "an unused grant is not kept");
+            assert!(unused.is_idle() && !busy.enter());
+        }
+        let (last, earlier) = volume.grant(5, 5);
+        busy.exit();
+        assert!(earlier.iter().all(|g| g.is_idle()) && last.enter());
+        last.exit();
+        assert!(volume.grant(6, 6).1.is_empty());
+    }
+
     #[test]
     fn a_volume_is_created_once_and_kept() {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("a.img");
-        let config = config::Volume {
-            name: "a".into(),
-            path: path.clone(),
-            read_only: false,
-            direct: config::DirectIo::Off,
-            create: Some(vmm::units::Bytes(1 << 20)),
-        };
+        let config = configured(path.clone());
         drop(open(&config).expect("it is made"));
         std::fs::write(&path, [7; 1024]).expect("it writes");
         assert_eq!(open(&config).expect("it is there").geometry().size, 1024);
