@@ -58,7 +58,7 @@ pub enum Error {
     },
 }
 
-/// One descriptor of a TAP interface: frames in and out, each behind a [`HEADER`].
+/// One descriptor of a TAP interface: frames in and out, each behind a virtio header.
 pub struct Tap {
     fd: OwnedFd,
     /// Whether it is a real TAP interface, which has offloads and queues that can be switched.

@@ -58,7 +58,7 @@ impl VirtioDevice for Waiting {
     }
 }
 
-/// See the [module](self).
+/// A block device whose queue the caller's own thread serves.
 pub struct InlineBlk(Inline<BlkBackend>);
 
 impl InlineBlk {
