@@ -280,8 +280,11 @@ impl Worker {
             }
             self.disks[volume] = Some(disk);
         }
-        let (grant, earlier) = self.agent.volumes[volume].grant(lease.epoch, self.session);
-        self.agent.volumes[volume].heard();
+        // The image may have been slow to open; somebody else may have the volume by now.
+        let (volume, grant, earlier) = match self.agent.grant(lease, self.session) {
+            Ok(granted) => granted,
+            Err(refused) => return self.refuse_lease(request.id, refused),
+        };
         self.bind(volume, grant);
         let answer = Opened { geometry: image.geometry(), identity: image.identity() };
         if earlier.is_empty() {

@@ -184,13 +184,14 @@ impl Table {
         Ok(epoch)
     }
 
-    /// Whether `lease` is current, and of which volume.
+    /// Whether `lease` is current, and of which volume. Without a holder it is only of a volume that is
+    /// `read_only`: another one was given back, and its epoch is nobody's.
     ///
     /// # Errors
     /// [`Refused::Fenced`].
-    pub fn check(&self, lease: Lease) -> Result<&str, Refused> {
+    pub fn check(&self, lease: Lease, read_only: impl Fn(&str) -> bool) -> Result<&str, Refused> {
         match self.volume_of(lease.epoch) {
-            Some((volume, Record { holder: None, .. })) => Ok(volume),
+            Some((volume, Record { holder: None, .. })) if read_only(volume) => Ok(volume),
             Some((volume, Record { holder: Some(holder), .. })) if holder.id == lease.holder => Ok(volume),
             _ => Err(Refused::Fenced(format!("lease {} is over", lease.epoch))),
         }
@@ -246,6 +247,10 @@ mod tests {
         Acquire { volume: "v".into(), holder, expected, name: format!("guest-{holder}") }
     }
 
+    fn writable(_volume: &str) -> bool {
+        false
+    }
+
     fn table() -> (tempfile::TempDir, Table) {
         let folder = tempfile::tempdir().expect("a folder");
         let table = Table::load(folder.path(), TTL).expect("it loads");
@@ -268,9 +273,15 @@ mod tests {
         assert!(
             matches!(table.acquire(&ask(1, first), GONE), Err(Refused::Fenced(why)) if why.contains("guest-2"))
         );
-        assert!(table.check(Lease { epoch: first, holder: 1 }).is_err());
-        assert_eq!(table.check(Lease { epoch: second, holder: 2 }), Ok("v"));
-        assert!(table.check(Lease { epoch: second, holder: 1 }).is_err(), "a guessed epoch is not enough");
+        assert!(table.check(Lease { epoch: first, holder: 1 }, writable).is_err());
+        assert_eq!(table.check(Lease { epoch: second, holder: 2 }, writable), Ok("v"));
+        let guessed = Lease { epoch: second, holder: 1 };
+        assert!(table.check(guessed, writable).is_err(), "a guessed epoch is not enough");
+        table.release(Lease { epoch: second, holder: 2 }).expect("it stores");
+        for epoch in 0..second + 5 {
+            let guessed = Lease { epoch, holder: 1 };
+            assert!(table.check(guessed, writable).is_err(), "nor once the lease was given back: {epoch}");
+        }
     }
 
     #[test]
@@ -289,7 +300,7 @@ mod tests {
         let epoch = table.acquire(&ask(1, 0), GONE).expect("free");
         assert_eq!(table.release(Lease { epoch, holder: 2 }), Ok(None), "not the holder");
         assert_eq!(table.release(Lease { epoch, holder: 1 }), Ok(Some("v".into())));
-        assert!(table.check(Lease { epoch, holder: 1 }).is_err());
+        assert!(table.check(Lease { epoch, holder: 1 }, writable).is_err());
         let mut table = Table::load(folder.path(), TTL).expect("it loads");
         assert!(matches!(table.acquire(&ask(1, epoch), QUIET), Err(Refused::Fenced(_))));
         assert!(table.acquire(&ask(2, 0), QUIET).expect("free") > epoch);
@@ -302,7 +313,8 @@ mod tests {
         let mut table2 = Table::load(folder.path(), TTL).expect("it loads");
         assert_eq!(table2.share("r"), Ok(epoch));
         assert_eq!(table.release(Lease { epoch, holder: 0 }), Ok(None));
-        assert_eq!(table.check(Lease { epoch, holder: 77 }), Ok("r"));
+        assert_eq!(table.check(Lease { epoch, holder: 77 }, |name| name == "r"), Ok("r"));
+        assert!(table.check(Lease { epoch, holder: 77 }, writable).is_err(), "it is writable by now");
     }
 
     #[test]

@@ -62,6 +62,9 @@ impl Handle {
     }
 }
 
+/// A volume, the grant to use it, and the revoked ones that must be idle first.
+pub(crate) type Granted = (usize, Arc<Grant>, Vec<Arc<Grant>>);
+
 impl Agent {
     fn new(config: &Config) -> Result<Self, Error> {
         let limits = Limits {
@@ -107,10 +110,25 @@ impl Agent {
 
     /// The volume of a lease that is current.
     pub(crate) fn check(&self, lease: Lease) -> Result<usize, Refused> {
-        let leases = lock(&self.leases);
-        let name = leases.check(lease)?;
+        self.check_in(&lock(&self.leases), lease)
+    }
+
+    fn check_in(&self, leases: &Table, lease: Lease) -> Result<usize, Refused> {
+        let read_only = |name: &str| self.volumes.iter().any(|v| v.config.name == name && v.config.read_only);
+        let name = leases.check(lease, read_only)?;
         let gone = || Refused::Fenced(format!("the agent serves no volume {name} any more"));
         self.volumes.iter().position(|v| v.config.name == name).ok_or_else(gone)
+    }
+
+    /// Grants the volume of `lease` to `session`, see [`Volume::grant`]. Under the table's lock, so that a
+    /// lease that is over by now revokes nothing of the new holder's.
+    pub(crate) fn grant(&self, lease: Lease, session: u128) -> Result<Granted, Refused> {
+        let leases = lock(&self.leases);
+        let index = self.check_in(&leases, lease)?;
+        let volume = &self.volumes[index];
+        let (grant, earlier) = volume.grant(lease.epoch, session);
+        volume.heard();
+        Ok((index, grant, earlier))
     }
 
     pub(crate) fn release(&self, lease: Lease) -> Result<(), Refused> {
@@ -354,4 +372,59 @@ fn wind_up(agent: &Agent, timeout: Duration) {
     }
     agent.flush();
     tracing::info!("Stopped; everything acknowledged is on stable storage");
+}
+
+#[cfg(test)]
+mod tests {
+    use vmm::units::Span;
+
+    use super::*;
+    use crate::config::{DirectIo, Volume as Configured};
+
+    fn agent(ttl: Duration) -> (tempfile::TempDir, Agent) {
+        let folder = tempfile::tempdir().expect("a folder");
+        let volume = |name: &str, read_only| Configured {
+            name: name.into(),
+            path: folder.path().join(name),
+            read_only,
+            direct: DirectIo::Off,
+            create: None,
+        };
+        let config = Config {
+            state: Some(folder.path().join("state")),
+            lease_ttl: Span(ttl),
+            volume: vec![volume("v", false), volume("r", true)],
+            ..Config::default()
+        };
+        let agent = Agent::new(&config).expect("it starts");
+        (folder, agent)
+    }
+
+    fn ask(volume: &str, holder: u128) -> Acquire {
+        Acquire { volume: volume.into(), holder, expected: 0, name: format!("guest-{holder}") }
+    }
+
+    #[test]
+    fn an_open_whose_lease_is_over_revokes_nothing_of_the_new_holders() {
+        let (_folder, agent) = agent(Duration::from_secs(10));
+        let old = Lease { epoch: agent.acquire(&ask("v", 1)).expect("free"), holder: 1 };
+        assert!(agent.check(old).is_ok(), "its open begins");
+        agent.release(old).expect("released");
+        let new = Lease { epoch: agent.acquire(&ask("v", 2)).expect("free"), holder: 2 };
+        let (_, grant, _) = agent.grant(new, 2).expect("current");
+        assert!(matches!(agent.grant(old, 1), Err(Refused::Fenced(_))));
+        assert!(grant.enter(), "the new holder goes on");
+    }
+
+    #[test]
+    fn only_a_volume_that_is_read_only_opens_without_a_holder() {
+        let (_folder, agent) = agent(Duration::from_secs(10));
+        let lease = Lease { epoch: agent.acquire(&ask("v", 1)).expect("free"), holder: 1 };
+        agent.release(lease).expect("released");
+        for epoch in 0..lease.epoch + 5 {
+            assert!(agent.grant(Lease { epoch, holder: 7 }, 7).is_err(), "epoch {epoch}");
+        }
+        let epoch = agent.acquire(&ask("r", 1)).expect("shared");
+        agent.grant(Lease { epoch, holder: 7 }, 7).expect("anybody reads it");
+    }
 }
