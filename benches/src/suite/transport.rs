@@ -38,7 +38,7 @@ pub const SUITE: Suite = Suite {
 };
 
 /// Bytes of a request on the wire beside its payload: the frame's header and the body of a disk's read.
-pub const REQUEST_BYTES: usize = 32 + 24;
+pub const REQUEST_BYTES: usize = 32 + 32;
 /// Bytes of an answer on the wire beside its payload.
 pub const ANSWER_BYTES: usize = 32;
 
@@ -186,7 +186,7 @@ impl Peer {
 
     fn submit(&mut self, tag: usize, load: Load, answer: Buffer) {
         let mut body = Body::new();
-        body.resize(24, 0);
+        body.resize(32, 0);
         self.channel.submit(Call {
             tag: tag as u64,
             opcode: GIVE,
