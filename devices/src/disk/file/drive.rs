@@ -150,7 +150,9 @@ impl FileDisk {
                     flight.unregistered = true;
                     None
                 }
-                (Some(libc::ENOSPC | libc::EDQUOT), _) => Some(Err(Error::Full)),
+                (Some(libc::ENOSPC | libc::EDQUOT), operation) if operation != Operation::Flush => {
+                    Some(Err(Error::Full))
+                }
                 (Some(libc::EOPNOTSUPP), Operation::Discard) => Some(Err(Error::Unsupported)),
                 (Some(libc::EOPNOTSUPP), Operation::WriteZeroes { .. }) if !flight.by_hand => {
                     flight.by_hand = true;
