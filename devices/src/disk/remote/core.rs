@@ -124,8 +124,6 @@ pub(super) struct Core {
     pub(super) counters: Arc<Counters>,
 
     pub(super) setup: Setup,
-    /// The boot of the agent's PC in which everything acknowledged is.
-    pub(super) boot: Option<u128>,
     pub(super) log: Log,
 
     pub(super) requests: Slab<Pending>,
@@ -165,7 +163,6 @@ impl Core {
             ttl,
             counters: Arc::default(),
             setup: Setup::default(),
-            boot: None,
             log: Log::default(),
             requests: Slab::new(),
             frames: Slab::new(),
@@ -192,8 +189,9 @@ impl Core {
     pub(super) fn event(&mut self, link: &mut impl Link, event: Event, now: Instant, done: &mut Vec<Done>) {
         match event {
             Event::Opened { boot, instance, peer } => {
-                tracing::debug!(%peer, instance = %format_args!("{instance:x}"), "A session was opened");
-                self.begin_setup(link, boot);
+                let (instance, boot) = (format_args!("{instance:x}"), format_args!("{boot:x}"));
+                tracing::debug!(%peer, %instance, %boot, "A session was opened");
+                self.begin_setup(link);
             }
             Event::Resumed => {
                 Counters::add(&self.counters.resumptions);

@@ -69,7 +69,7 @@ pub struct Snapshot {
     pub resumptions: u64,
     /// Connections that were lost.
     pub cuts: u64,
-    /// Ranges that were written again because the agent's PC had restarted.
+    /// Ranges that were written again because a new session was set up.
     pub rewritten: u64,
     /// Flushes that the disk sent by itself to keep its log short.
     pub background_flushes: u64,

@@ -1,5 +1,5 @@
 //! The unstable log: what was acknowledged to the guest and may still be in the volatile memory of the
-//! agent's PC. If that PC restarts, it is written again.
+//! agent's PC. Each new session writes it again.
 
 use std::collections::BTreeMap;
 use std::time::Instant;

@@ -1,5 +1,5 @@
-//! The set-up of a new session: the lease, the volume, and after a restart of the agent's PC everything
-//! acknowledged that it may have forgotten. Drawn in `docs/remote-disk.md`.
+//! The set-up of a new session: the lease, the volume, and everything acknowledged that the agent's PC may
+//! have forgotten. Drawn in `docs/remote-disk.md`.
 
 use std::time::{Duration, Instant};
 
@@ -45,8 +45,6 @@ pub(super) struct Setup {
     phase: Phase,
     /// Answers to an earlier attempt are recognised by its number.
     attempt: u64,
-    /// The boot of the peer's kernel.
-    boot: u128,
 }
 
 impl Setup {
@@ -62,8 +60,7 @@ impl Setup {
 
 impl Core {
     /// A session was opened with a peer that knows nothing of an earlier one.
-    pub(super) fn begin_setup(&mut self, link: &mut impl Link, boot: u128) {
-        self.setup.boot = boot;
+    pub(super) fn begin_setup(&mut self, link: &mut impl Link) {
         self.acquire(link);
     }
 
@@ -158,10 +155,12 @@ impl Core {
         if opened.geometry.read_only && !self.geometry.read_only {
             return self.try_again("the volume has become read-only".to_owned(), now);
         }
-        if self.boot.is_some_and(|boot| boot != self.setup.boot) && !self.log.is_empty() {
+        // Not only after a restart of the PC. Linux forgets what it could not write once one flush has said
+        // so, and neither a new agent on the same boot nor we, if the answer was lost, know of that flush.
+        if !self.log.is_empty() {
             tracing::warn!(
                 disk = %self.place(), bytes = self.log.bytes(),
-                "The agent's PC was restarted; what was acknowledged but not flushed is written again"
+                "The agent does not know the session; what was acknowledged but not flushed is written again"
             );
             self.setup.phase = Phase::Rewriting { next: 0, in_flight: 0 };
             return self.rewrite(link, now);
@@ -195,7 +194,6 @@ impl Core {
 
     fn set_up(&mut self, link: &mut impl Link, now: Instant) {
         Counters::add(&self.counters.sessions);
-        self.boot = Some(self.setup.boot);
         self.setup.phase = Phase::Ready;
         link.ready();
         self.back(now);
