@@ -17,7 +17,7 @@ use sd_notify::NotifyState;
 use transport::server::{Limits, Sessions};
 
 use crate::config::Config;
-use crate::lease::{Refused, Table};
+use crate::lease::{Activity, Refused, Table};
 use crate::volume::{Grant, Volume, lock};
 use crate::{Error, connection, inventory};
 
@@ -35,6 +35,8 @@ pub struct Agent {
     stopping: AtomicBool,
     born: Instant,
     connections: Mutex<Vec<Arc<Handle>>>,
+    /// When the accepting loop last came round: how the agent sees that it stood still itself.
+    ticked: Mutex<Instant>,
 }
 
 /// One connection's thread as the others see it.
@@ -79,6 +81,7 @@ impl Agent {
             stopping: AtomicBool::new(false),
             born: Instant::now(),
             connections: Mutex::new(Vec::new()),
+            ticked: Mutex::new(Instant::now()),
         })
     }
 
@@ -98,7 +101,8 @@ impl Agent {
             return Ok(epoch);
         }
         let before = leases.get(&asked.volume).map(|record| record.epoch);
-        let epoch = leases.acquire(asked, volume.activity())?;
+        let activity = self.activity(volume, leases.ttl());
+        let epoch = leases.acquire(asked, activity)?;
         if before != Some(epoch) {
             // Under the table's lock, so that no older lease is opened in between.
             volume.revoke();
@@ -106,6 +110,38 @@ impl Agent {
         }
         volume.heard();
         Ok(epoch)
+    }
+
+    /// What a volume's holder did lately, not counting a time in which the agent could not hear it.
+    fn activity(&self, volume: &Volume, ttl: Duration) -> Activity {
+        let mut ticked = lock(&self.ticked);
+        loop {
+            let activity = volume.activity();
+            // Looked at afterwards, so that a halt in between is seen too.
+            if !self.stood_still(&mut ticked, ttl) {
+                return activity;
+            }
+        }
+    }
+
+    /// The accepting loop comes round, at least every sixth of `ttl`.
+    fn tick(&self, ttl: Duration) {
+        let mut ticked = lock(&self.ticked);
+        self.stood_still(&mut ticked, ttl);
+        *ticked = Instant::now();
+    }
+
+    /// Whether the agent was stopped, frozen or starved for so long that holders' renewals may have been
+    /// missed. Then their time starts anew, as after a restart.
+    fn stood_still(&self, ticked: &mut Instant, ttl: Duration) -> bool {
+        let still = ticked.elapsed();
+        if still <= ttl / 3 {
+            return false;
+        }
+        tracing::warn!(?still, "The agent stood still; the time of every lease starts anew");
+        self.volumes.iter().for_each(Volume::heard);
+        *ticked = Instant::now();
+        true
     }
 
     /// The volume of a lease that is current.
@@ -205,8 +241,9 @@ impl Agent {
         }
     }
 
-    /// Writes everything to stable storage.
-    fn flush(&self) {
+    /// Writes everything to stable storage; `false` if not everything is there.
+    fn flush(&self) -> bool {
+        let mut flushed = true;
         for volume in &self.volumes {
             let Some(image) = volume.opened() else { continue };
             if image.geometry().read_only {
@@ -214,8 +251,10 @@ impl Agent {
             }
             if let Err(error) = image.flush() {
                 tracing::error!(volume = %volume.config.name, %error, "The volume could not be flushed");
+                flushed = false;
             }
         }
+        flushed
     }
 }
 
@@ -245,6 +284,7 @@ pub fn run(config: &Config) -> Result<(), Error> {
     let stop = stop_signals().map_err(failed("Cannot catch signals"))?;
     let agent = Arc::new(Agent::new(config)?);
     agent.open_volumes();
+    agent.tick(config.lease_ttl.0);
     let listener = TcpListener::bind(address).map_err(|source| Error::Listen { address, source })?;
     listener.set_nonblocking(true).map_err(|source| Error::Listen { address, source })?;
     let bound = listener.local_addr().unwrap_or(address);
@@ -273,7 +313,8 @@ fn accept_until_stopped(
 ) -> io::Result<()> {
     let watchdog = sd_notify::watchdog_enabled();
     let pause = watchdog.map_or(Duration::from_secs(5), |limit| limit / 3);
-    let timeout = PollTimeout::try_from(pause).unwrap_or(PollTimeout::from(1000u16));
+    let ttl = config.lease_ttl.0;
+    let timeout = PollTimeout::try_from(pause.min(ttl / 6)).unwrap_or(PollTimeout::from(1000u16));
     let (mut pinged, mut told) = (Instant::now(), usize::MAX);
     loop {
         let mut polled =
@@ -285,6 +326,7 @@ fn accept_until_stopped(
         if polled[1].any().unwrap_or(false) {
             return Ok(());
         }
+        agent.tick(ttl);
         accept_all(agent, config.limits.connections, listener);
         let connections = lock(&agent.connections);
         if connections.len() != told {
@@ -370,8 +412,13 @@ fn wind_up(agent: &Agent, timeout: Duration) {
     if left > 0 {
         tracing::warn!(left, ?timeout, "Connections did not end in time; their peers will ask again");
     }
-    agent.flush();
-    tracing::info!("Stopped; everything acknowledged is on stable storage");
+    match (agent.flush(), left) {
+        (true, 0) => tracing::info!("Stopped; everything acknowledged is on stable storage"),
+        (true, _) => {
+            tracing::warn!("Stopped; what the connections left did last may not be on stable storage")
+        }
+        (false, _) => tracing::error!("Stopped; not everything acknowledged is on stable storage"),
+    }
 }
 
 #[cfg(test)]
@@ -414,6 +461,27 @@ mod tests {
         let (_, grant, _) = agent.grant(new, 2).expect("current");
         assert!(matches!(agent.grant(old, 1), Err(Refused::Fenced(_))));
         assert!(grant.enter(), "the new holder goes on");
+    }
+
+    #[test]
+    fn a_lease_expires_only_while_the_agent_does_not_stand_still() {
+        let ttl = Duration::from_millis(600);
+        let (_folder, agent) = agent(ttl);
+        agent.acquire(&ask("v", 1)).expect("free");
+        for _ in 0..2 {
+            thread::sleep(ttl + Duration::from_millis(50));
+            // The first time the asker notices it, the second time the accepting loop.
+            let refused = agent.acquire(&ask("v", 2));
+            assert!(matches!(refused, Err(Some(Refused::Leased { .. }))), "{refused:?}");
+            thread::sleep(ttl + Duration::from_millis(50));
+            agent.tick(ttl);
+        }
+        let until = Instant::now() + Duration::from_secs(30);
+        while agent.acquire(&ask("v", 2)).is_err() {
+            assert!(Instant::now() < until, "it never expires");
+            thread::sleep(ttl / 12);
+            agent.tick(ttl);
+        }
     }
 
     #[test]

@@ -195,6 +195,22 @@ fn a_frozen_agent_is_a_pause() {
     assert!(verifier.driver.disk.counters().snapshot().cuts >= 2, "a long freeze is taken for a lost peer");
 }
 
+#[test]
+fn an_agent_frozen_for_longer_than_a_lease_lasts_gives_no_holders_volume_away() {
+    let agent = Agent::start(VOLUME);
+    let mut holder = agent.disk("v");
+    holder.write(0, &[1; 512]).expect("it writes");
+    agent.signal(Signal::SIGSTOP);
+    std::thread::sleep(Duration::from_millis(2500));
+    agent.signal(Signal::SIGCONT);
+    // The holder has not said anything since, so it cannot have renewed.
+    let refused = connect(agent.options("v"), Duration::from_millis(500)).err().expect("leased").to_string();
+    assert!(refused.contains("guest@test"), "{refused}");
+    assert!(agent.log().contains("stood still"), "{}", agent.log());
+    holder.write(0, &[2; 512]).expect("the holder goes on");
+    assert_eq!(holder.read(0, 512), [2; 512]);
+}
+
 /// A way to the agent that can be cut.
 struct Proxy {
     address: String,
