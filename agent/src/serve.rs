@@ -415,7 +415,7 @@ fn wind_up(agent: &Agent, timeout: Duration) {
     match (agent.flush(), left) {
         (true, 0) => tracing::info!("Stopped; everything acknowledged is on stable storage"),
         (true, _) => {
-            tracing::warn!("Stopped; what the connections left did last may not be on stable storage")
+            tracing::warn!("Stopped; what the connections left did last may not be on stable storage");
         }
         (false, _) => tracing::error!("Stopped; not everything acknowledged is on stable storage"),
     }
