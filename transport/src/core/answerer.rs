@@ -15,6 +15,9 @@ use crate::wire::{Body, Class, Fault, Flags, Header, Hello, Kind, MAX_BODY, Role
 /// How long a peer may take for its hello.
 const HELLO_WITHIN: Duration = Duration::from_secs(10);
 
+/// How long a peer may wait in silence for its session, which an earlier connection is still finishing.
+const WAIT_WITHIN: Duration = Duration::from_secs(60);
+
 /// The shortest silence after which a peer counts as gone.
 const SILENCE_LEAST: Duration = Duration::from_secs(10);
 
@@ -68,6 +71,8 @@ pub(crate) struct Answerer {
     goodbye_due: Option<String>,
     replies: [VecDeque<Outgoing>; 4],
     heard: Instant,
+    /// The wait for the session ended since the last tick, so the peer's silence counts from there.
+    granted: bool,
     ticked: Instant,
     silence: Duration,
     farewell: Option<String>,
@@ -95,6 +100,7 @@ impl Answerer {
             goodbye_due: None,
             replies: Default::default(),
             heard: now,
+            granted: false,
             ticked: now,
             silence: SILENCE_LEAST,
             farewell: None,
@@ -129,6 +135,7 @@ impl Answerer {
                 (ours.serial, ours.resumed) = (serial, resumed);
                 self.records = records;
                 self.holds = true;
+                self.granted = true;
                 self.phase = Phase::Open;
                 self.events.push(Event::Opened { peer: hello.name.clone(), session: hello.session, resumed });
                 None
@@ -274,13 +281,13 @@ impl Answerer {
     pub(crate) fn tick(&mut self, now: Instant) -> Result<Option<Instant>, Fault> {
         let (patience, fault) = match self.phase {
             Phase::Closed => return Ok(None),
-            // The peer waits in silence, as it should; its own patience ends the socket.
-            Phase::Waiting => return Ok(None),
+            // The peer waits in silence, as it should, and normally its own patience ends the socket.
+            Phase::Waiting => (WAIT_WITHIN, Fault::Silent(WAIT_WITHIN.as_millis() as u64)),
             Phase::Greeting => (HELLO_WITHIN, Fault::HelloTimeout),
             Phase::Open | Phase::Stopping => (self.silence, Fault::Silent(self.silence.as_millis() as u64)),
         };
-        if now.saturating_duration_since(self.ticked) > patience {
-            // This thread itself stood still.
+        if std::mem::take(&mut self.granted) || now.saturating_duration_since(self.ticked) > patience {
+            // Or this thread itself stood still.
             self.heard = now;
         }
         self.ticked = now;
@@ -426,5 +433,72 @@ impl Drop for Answerer {
         // What is in flight will never be answered: nobody knows whether it took effect, so the session
         // cannot promise "once" any more and is over.
         self.release(self.once_in_flight == 0 && !self.forget);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::server::Limits;
+    use crate::wire::PREFACE;
+
+    fn answerer(sessions: &Arc<Sessions>, now: Instant) -> Answerer {
+        let claimant = Claimant { number: sessions.number(), cut: Arc::new(|| ()), wake: Arc::new(|| ()) };
+        Answerer::new(Arc::clone(sessions), claimant, now)
+    }
+
+    /// A connection that waits for the session of one that is cut and has request 1 in flight.
+    fn waiting(now: Instant) -> (Answerer, Answerer) {
+        let limits = Limits { requests: 4, bytes: 1 << 20, sessions: 2 };
+        let sessions = Sessions::new("test", limits);
+        let hello = Hello {
+            role: Role::Asking,
+            resumed: false,
+            requests: 4,
+            bytes: 1 << 20,
+            window: 4,
+            keepalive_ms: 1000,
+            serial: 0,
+            session: 5,
+            instance: 2,
+            boot: 2,
+            name: "peer".into(),
+        };
+        // The stream reads the preface.
+        let hello = hello.encode().split_off(PREFACE);
+        let (mut first, mut second) = (answerer(&sessions, now), answerer(&sessions, now));
+        first.hello(&hello).expect("it is served");
+        let request = Header { id: 1, ..Header::new(Kind::Request) };
+        first.begin(&request, &[]).expect("it is taken");
+        first.end();
+        first.closed(&Fault::Closed);
+        second.hello(&hello).expect("it may wait");
+        assert!(second.is_waiting());
+        (first, second)
+    }
+
+    #[test]
+    fn a_peer_does_not_wait_for_a_busy_session_for_ever() {
+        let now = Instant::now();
+        let (_first, mut second) = waiting(now);
+        for second_passed in 1..60 {
+            let due = second.tick(now + Duration::from_secs(second_passed)).expect("it may wait");
+            assert_eq!(due, Some(now + WAIT_WITHIN));
+        }
+        assert!(matches!(second.tick(now + WAIT_WITHIN), Err(Fault::Silent(60_000))));
+    }
+
+    #[test]
+    fn the_silence_of_a_peer_that_waited_counts_from_the_end_of_its_wait() {
+        let now = Instant::now();
+        let (mut first, mut second) = waiting(now);
+        for second_passed in 1..50 {
+            second.tick(now + Duration::from_secs(second_passed)).expect("it may wait");
+        }
+        first.answer(1, Status::OK, &[], Buffer::empty());
+        second.claim().expect("the session is free");
+        assert!(!second.is_waiting());
+        let at = now + Duration::from_secs(50);
+        assert_eq!(second.tick(at).expect("it is heard of"), Some(at + SILENCE_LEAST));
     }
 }
