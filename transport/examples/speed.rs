@@ -7,7 +7,7 @@ use std::net::{TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
 use transport::buffer::Buffer;
-use transport::channel::{Call, Channel, Config, Event};
+use transport::channel::{Call, Channel, Config, Event, Names};
 use transport::ring::Ring;
 use transport::server::{self, Connection, Limits, Sessions};
 use transport::wire::{Body, Class, Status};
@@ -112,7 +112,8 @@ fn channel(size: usize, depth: u64) -> f64 {
         retry_first: Duration::from_millis(10),
         retry_most: Duration::from_secs(1),
     };
-    let mut channel = Channel::new(config, &mut ring);
+    let names = Names::of(&config.address).expect("a thread");
+    let mut channel = Channel::new(config, names, &mut ring);
     let call = |tag, answer| Call {
         tag,
         opcode: 256,

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use crate::buffer::Buffer;
-use crate::channel::{Answer, Call, Channel, Config, Event};
+use crate::channel::{Answer, Call, Channel, Config, Event, Names};
 use crate::ring::Ring;
 use crate::wire::{Body, Class, Status};
 
@@ -34,6 +34,14 @@ pub enum Error {
     /// The kernel refuses io_uring.
     #[error("The kernel refuses io_uring")]
     Ring(#[from] std::io::Error),
+    /// There is no thread or descriptor to be had.
+    #[error("No thread can be started that finds {address}")]
+    Names {
+        /// Whom we asked.
+        address: String,
+        /// Why not.
+        source: std::io::Error,
+    },
 }
 
 /// A connection for calls that are made one after the other.
@@ -52,7 +60,7 @@ impl Client {
     /// call.
     ///
     /// # Errors
-    /// The kernel refuses io_uring.
+    /// The kernel refuses io_uring, or there is no thread to look the name up.
     pub fn new(address: &str, name: &str) -> Result<Self, Error> {
         let mut ring = Ring::new(8)?;
         let config = Config {
@@ -62,7 +70,9 @@ impl Client {
             retry_first: Duration::from_millis(50),
             retry_most: Duration::from_secs(1),
         };
-        let channel = Channel::new(config, &mut ring);
+        let names =
+            Names::of(address).map_err(|source| Error::Names { address: address.to_owned(), source })?;
+        let channel = Channel::new(config, names, &mut ring);
         let reason = "no connection yet".to_owned();
         Ok(Self { address: address.to_owned(), ring, channel, reason, calls: 0, peer: None })
     }

@@ -111,7 +111,7 @@ pub struct Channel {
     source: Source,
     /// Counts connections, to tell their completions apart.
     generation: u64,
-    resolver: Option<Resolver>,
+    names: Names,
     bell_polled: bool,
     state: State,
     /// The next pause between two attempts to connect.
@@ -166,20 +166,19 @@ const BELL: u64 = (1 << 48) - 1;
 const CONNECT_WITHIN: Duration = Duration::from_secs(5);
 
 impl Channel {
-    /// A channel that starts to connect at the first [`tick`](Self::tick). A name is looked up by a thread
-    /// that starts here, so that a caller can confine its own thread (seccomp) afterwards.
+    /// A channel that starts to connect at the first [`tick`](Self::tick), to `names`, which are those of the
+    /// configuration's address. It starts no thread, so a confined one may make it.
     #[must_use]
-    pub fn new(config: Config, ring: &mut Ring) -> Self {
+    pub fn new(config: Config, names: Names, ring: &mut Ring) -> Self {
         let now = Instant::now();
         let core = new_session(&config, now);
         let pause = config.retry_first;
-        let resolver = Resolver::new(&config.address).ok();
         Self {
             config,
             core,
             source: ring.source(),
             generation: 0,
-            resolver,
+            names,
             bell_polled: false,
             state: State::Idle(now),
             pause,
@@ -187,12 +186,6 @@ impl Channel {
             doubtful: false,
             fault: None,
         }
-    }
-
-    /// As [`new`](Self::new), with `names` of the configuration's address that were made before.
-    #[must_use]
-    pub fn with_names(config: Config, names: Names, ring: &mut Ring) -> Self {
-        Self { resolver: Some(names.0), ..Self::new(config, ring) }
     }
 
     /// Takes `call`; it goes out at the next [`tick`](Self::tick) when credits, class and connection
@@ -283,18 +276,15 @@ impl Channel {
                 State::Closed => return None,
                 State::Idle(at) if *at > now => return Some(*at),
                 State::Idle(_) => self.attempt(ring, now, events),
-                State::Resolving => {
-                    let found = self.resolver.as_ref().and_then(Resolver::answer);
-                    match found {
-                        None => {
-                            self.poll_bell(ring);
-                            return None;
-                        }
-                        Some(Ok(found)) if !found.is_empty() => self.dial(ring, now, found, events),
-                        Some(Ok(_)) => self.fail(ring, now, "the name has no address", events),
-                        Some(Err(e)) => self.fail(ring, now, &e.to_string(), events),
+                State::Resolving => match self.names.0.answer() {
+                    None => {
+                        self.poll_bell(ring);
+                        return None;
                     }
-                }
+                    Some(Ok(found)) if !found.is_empty() => self.dial(ring, now, found, events),
+                    Some(Ok(_)) => self.fail(ring, now, "the name has no address", events),
+                    Some(Err(e)) => self.fail(ring, now, &e.to_string(), events),
+                },
                 State::Connecting { done: false, until, .. } if *until > now => return Some(*until),
                 State::Connecting { .. } => self.connected(ring, now, events),
                 State::Linked(link) => {
@@ -308,7 +298,7 @@ impl Channel {
     }
 
     fn poll_bell(&mut self, ring: &mut Ring) {
-        if let Some(bell) = self.resolver.as_ref().and_then(Resolver::bell)
+        if let Some(bell) = self.names.0.bell()
             && !self.bell_polled
         {
             ring.poll_readable(bell.as_fd().as_raw_fd(), false, self.source.token(BELL));
@@ -317,13 +307,7 @@ impl Channel {
     }
 
     fn attempt(&mut self, ring: &mut Ring, now: Instant, events: &mut Vec<Event>) {
-        if self.resolver.is_none() {
-            match Resolver::new(&self.config.address) {
-                Ok(resolver) => self.resolver = Some(resolver),
-                Err(e) => return self.fail(ring, now, &e.to_string(), events),
-            }
-        }
-        match self.resolver.as_ref().and_then(Resolver::ask) {
+        match self.names.0.ask() {
             Some(addresses) => self.dial(ring, now, addresses, events),
             None => self.state = State::Resolving,
         }
@@ -397,8 +381,8 @@ impl Channel {
         events.push(Event::Lost { reason: said.as_ref().unwrap_or(fault).to_string() });
     }
 
-    /// Opens a channel that was [closed](Self::close) again, with a new session. Threads that it has started
-    /// are kept, so a confined thread may do this.
+    /// Opens a channel that was [closed](Self::close) again, with a new session. Its names are
+    /// kept, so a confined thread may do this.
     pub fn reopen(&mut self) {
         if matches!(self.state, State::Closed) {
             let now = Instant::now();

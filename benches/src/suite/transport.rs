@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 use devices::disk::volume::opcode;
 use transport::blocking::Client;
 use transport::buffer::Buffer;
-use transport::channel::{Call, Channel, Config, Event};
+use transport::channel::{Call, Channel, Config, Event, Names};
 use transport::ring::Ring;
 use transport::server::{self, Connection, Limits, Sessions};
 use transport::wire::{Body, Class, MAX_PAYLOAD, Status};
@@ -154,7 +154,8 @@ impl Peer {
             retry_first: Duration::from_millis(10),
             retry_most: Duration::from_secs(1),
         };
-        let channel = Channel::new(config, &mut ring);
+        let names = Names::of(&config.address)?;
+        let channel = Channel::new(config, names, &mut ring);
         let mut peer = Self { ring, channel, events: Vec::new() };
         let deadline = Instant::now() + Duration::from_secs(10);
         loop {

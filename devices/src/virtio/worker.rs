@@ -149,8 +149,7 @@ impl<B: Backend> Worker<B> {
         let wake = event.clone();
         let body = move || {
             let made = Ring::new(entries).and_then(|mut ring| {
-                // A remote disk that must look up its agent's name starts a thread for that here, which
-                // is not confined: the system's resolver may load what it likes.
+                // Confined last: what is done once here may need calls that the loop does not.
                 backend.attach(&mut ring)?;
                 confine(role)?;
                 Ok(ring)

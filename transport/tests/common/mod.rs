@@ -8,7 +8,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use transport::buffer::Buffer;
-use transport::channel::{Answer, Call, Channel, Config, Event};
+use transport::channel::{Answer, Call, Channel, Config, Event, Names};
 use transport::ring::Ring;
 use transport::server::{self, Connection, Limits, Request, Sessions};
 use transport::wire::{Body, Class, Status};
@@ -214,7 +214,8 @@ impl Client {
             retry_first: Duration::from_millis(2),
             retry_most: Duration::from_millis(50),
         };
-        let channel = Channel::new(config, &mut ring);
+        let names = Names::of(address).expect("a thread");
+        let channel = Channel::new(config, names, &mut ring);
         Self { ring, channel, answers: Vec::new(), opened: 0, resumed: 0, lost: Vec::new(), setup_first: 0 }
     }
 

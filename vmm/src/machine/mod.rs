@@ -185,7 +185,7 @@ impl Machine {
         let threads = vcpus::start(&parts)?;
         let keeper = keeper::start(&parts, events)?;
         parts.boot()?;
-        // Last, since threads inherit it: a disk's worker may have had to start one that is not confined.
+        // Last, since threads inherit it, and those started above may do more.
         confine(Role::Main).map_err(Error::Thread)?;
         // The sender lives in `parts`.
         let exit = end.recv().unwrap_or(Ok(Exit::Killed));

@@ -157,10 +157,9 @@ impl Disk for RemoteDisk {
     fn attach(&mut self, ring: &mut Ring) -> Result<(), Error> {
         let now = Instant::now();
         let config = self.core.options.channel();
-        self.channel = Some(match self.names.take() {
-            Some(names) => Channel::with_names(config, names, ring),
-            None => Channel::new(config, ring),
-        });
+        let again = || Error::Io(std::io::Error::other("The disk was attached already"));
+        let names = self.names.take().ok_or_else(again)?;
+        self.channel = Some(Channel::new(config, names, ring));
         self.core.away_since = Some(now);
         Ok(())
     }
