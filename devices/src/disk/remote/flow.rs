@@ -17,6 +17,10 @@ fn changes(operation: Operation) -> bool {
     !matches!(operation, Operation::Read | Operation::Flush)
 }
 
+/// A longer read is asked for in pieces: the agent's processor still has a piece of this size in its cache when
+/// it sends what it has just read, and sends one while it reads the next.
+const READ_FRAME: u64 = 256 << 10;
+
 impl Core {
     /// Takes a request of the guest.
     pub(super) fn submit(
@@ -81,8 +85,11 @@ impl Core {
     /// Sends a request's frames.
     fn send(&mut self, link: &mut impl Link, index: usize) {
         let Request { operation, offset, len, .. } = self.requests[index].request;
-        let moves = matches!(operation, Operation::Read | Operation::Write);
-        let most = if moves { MAX_PAYLOAD as u64 } else { len };
+        let most = match operation {
+            Operation::Read => READ_FRAME,
+            Operation::Write => MAX_PAYLOAD as u64,
+            _ => len,
+        };
         let epoch = self.lease.epoch;
         let unmap = operation == Operation::WriteZeroes { unmap: true };
         let mut from = 0;
