@@ -41,7 +41,7 @@ lint:
 fmt:
 	$(CARGO) fmt --all
 
-## Coverage-guided fuzzing of one decoder: make fuzz TARGET=frame SECONDS=60 (needs nightly and cargo-fuzz).
+## Coverage-guided fuzzing of one decoder: make fuzz TARGET=wire SECONDS=60 (needs nightly and cargo-fuzz).
 fuzz:
 	cd tests && $(CARGO) +nightly fuzz run $(TARGET) -- -max_total_time=$(or $(SECONDS),60)
 
