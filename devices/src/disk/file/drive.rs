@@ -1,6 +1,7 @@
 //! Requests on an image, carried out by a ring.
 #![allow(unsafe_code)] // operations name memory by pointer; a flight owns that memory until its completion
 
+use std::collections::VecDeque;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
@@ -28,6 +29,9 @@ pub struct FileDisk {
     zeros: Buffer,
     /// Whether the file system can say that a read would wait.
     at_once: bool,
+    /// Flushes: the first is with the kernel, the others wait for it. The kernel reports what it could not
+    /// write to one of several flushes only, and the others must not succeed before that is known.
+    flushes: VecDeque<u32>,
 }
 
 /// One request on its way.
@@ -69,6 +73,7 @@ impl FileDisk {
             free: Vec::new(),
             zeros: Buffer::empty(),
             at_once: true,
+            flushes: VecDeque::new(),
         }
     }
 
@@ -165,6 +170,23 @@ impl FileDisk {
                     Some(Err(e.into()))
                 }
             },
+        }
+    }
+
+    /// After a flush ended: submits the next one, or fails all that waited if it failed.
+    fn flush_next(&mut self, ring: &mut Ring, ended: u32, done: &mut Vec<Done>) {
+        if self.flushes.front() != Some(&ended) {
+            return;
+        }
+        self.flushes.pop_front();
+        while let Some(&next) = self.flushes.front() {
+            match self.image.flush_allowed() {
+                Ok(()) => return self.go_on(ring, next),
+                Err(failed) => {
+                    done.extend(self.finish(next, Err(failed.into())));
+                    self.flushes.pop_front();
+                }
+            }
         }
     }
 
@@ -282,11 +304,17 @@ impl Disk for FileDisk {
         if let (Some(bounce), Operation::Write) = (&bounce, request.operation) {
             aligned::copy(&request.buffer, bounce);
         }
+        let flush = request.operation == Operation::Flush;
         let slot = self.slot();
         let flight = &mut self.flights[slot as usize];
         flight.request = Some(request);
         flight.bounce = bounce;
-        self.go_on(ring, slot);
+        if flush {
+            self.flushes.push_back(slot);
+        }
+        if !flush || self.flushes.len() == 1 {
+            self.go_on(ring, slot);
+        }
     }
 
     fn complete(&mut self, ring: &mut Ring, completion: Completion, done: &mut Vec<Done>) -> bool {
@@ -299,7 +327,10 @@ impl Disk for FileDisk {
         }
         match self.judge(slot, completion) {
             None => self.go_on(ring, slot),
-            Some(result) => done.extend(self.finish(slot, result)),
+            Some(result) => {
+                done.extend(self.finish(slot, result));
+                self.flush_next(ring, slot, done);
+            }
         }
         true
     }
@@ -310,6 +341,11 @@ impl Disk for FileDisk {
 
     fn abort(&mut self, ring: &mut Ring, done: &mut Vec<Done>) {
         let Some(source) = self.source else { return };
+        let cancelled = || io::Error::from_raw_os_error(libc::ECANCELED);
+        // Flushes that wait for another are not with the kernel: nothing would complete them.
+        for slot in self.flushes.drain(..).skip(1).collect::<Vec<_>>() {
+            done.extend(self.finish(slot, Err(cancelled().into())));
+        }
         let busy: Vec<u32> =
             (0..self.flights.len() as u32).filter(|&i| self.flights[i as usize].request.is_some()).collect();
         for slot in busy {
@@ -327,12 +363,12 @@ impl Disk for FileDisk {
                     continue;
                 }
                 let slot = completion.token.payload() as u32;
-                let result = match completion.count() {
-                    Ok(count) => self.judge(slot, Completion { result: count as i32, ..completion }),
-                    Err(e) => Some(Err(e.into())),
+                // A flush that failed just now must be remembered all the same.
+                let result = match completion.result == -libc::ECANCELED {
+                    true => None,
+                    false => self.judge(slot, completion),
                 };
-                let result =
-                    result.unwrap_or_else(|| Err(io::Error::from_raw_os_error(libc::ECANCELED).into()));
+                let result = result.unwrap_or_else(|| Err(cancelled().into()));
                 done.extend(self.finish(slot, result));
             }
         }

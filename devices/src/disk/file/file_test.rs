@@ -1,6 +1,7 @@
 use std::fs::File;
 use std::io::Write;
 use std::path::Path;
+use std::sync::Arc;
 
 use transport::buffer::Buffer;
 use transport::ring::Ring;
@@ -63,7 +64,7 @@ fn scattered(bytes: &[u8]) -> Buffer {
     let list: Vec<libc::iovec> = (0..bytes.len() / step)
         .map(|i| libc::iovec { iov_base: base.wrapping_add(1 + i * step * 2).cast(), iov_len: step })
         .collect();
-    let owner = std::sync::Arc::new(std::sync::Mutex::new(whole));
+    let owner = Arc::new(std::sync::Mutex::new(whole));
     // SAFETY: the list lies inside `whole`, which `owner` keeps.
     #[allow(unsafe_code)]
     let buffer = unsafe { Buffer::from_iovecs(owner, &list) };
@@ -241,4 +242,43 @@ fn a_full_file_system_is_reported_as_full_and_the_rest_stays_readable() {
     let error = rig.write(1 << 20, &pattern(2 << 20)).expect_err("there is no room for this");
     assert!(matches!(error, Error::Full), "{error:?}");
     assert_eq!(rig.read(0, 512 << 10), pattern(512 << 10));
+}
+
+#[test]
+fn of_several_flushes_none_succeeds_before_an_earlier_one_is_known_to_have() {
+    let file = image(1 << 20);
+    let shared = Arc::new(Image::open(&options(file.path())).expect("it opens"));
+    let mut disk = FileDisk::new(Arc::clone(&shared));
+    let mut ring = Ring::new(64).expect("io_uring works here");
+    disk.attach(&mut ring).expect("it attaches");
+    let mut done = Vec::new();
+    let ask = |disk: &mut FileDisk, ring: &mut Ring, done: &mut Vec<Done>| {
+        for tag in 0..4 {
+            let request =
+                Request { tag, operation: Operation::Flush, offset: 0, len: 0, buffer: Buffer::empty() };
+            disk.submit(ring, request, done);
+        }
+    };
+    let end = |disk: &mut FileDisk, ring: &mut Ring, done: &mut Vec<Done>| {
+        while disk.in_flight() > 0 {
+            ring.wait(None).expect("it waits");
+            while let Some(completion) = ring.reap() {
+                assert!(disk.complete(ring, completion, done));
+            }
+        }
+        std::mem::take(done).iter().map(|done| (done.tag, done.result.is_ok())).collect::<Vec<_>>()
+    };
+    ask(&mut disk, &mut ring, &mut done);
+    assert_eq!(end(&mut disk, &mut ring, &mut done), [(0, true), (1, true), (2, true), (3, true)]);
+
+    ask(&mut disk, &mut ring, &mut done);
+    disk.abort(&mut ring, &mut done);
+    assert_eq!((done.len(), disk.in_flight()), (4, 0), "each comes back");
+    done.clear();
+
+    // As the kernel's answer to the first one would.
+    ask(&mut disk, &mut ring, &mut done);
+    shared.flush_has_failed();
+    let ended = end(&mut disk, &mut ring, &mut done);
+    assert_eq!(ended[1..], [(1, false), (2, false), (3, false)]);
 }
