@@ -280,17 +280,23 @@ fn a_deadline_gives_the_call_back_and_leaves_the_others_alone() {
 
 #[test]
 fn an_urgent_call_overtakes_bulk_that_waits() {
-    let server = Server::start(Limits { requests: 64, bytes: 64 << 20, sessions: 4 });
+    const BULK: u64 = 200;
+    let server = Server::start(Limits { requests: 256, bytes: 256 << 20, sessions: 4 });
     let mut client = Client::new(server.address);
-    for tag in 0..40 {
+    for tag in 0..BULK {
         let bulk = call(tag, ECHO, b"b", Buffer::empty(), 1 << 20);
         client.channel.submit(Call { class: Class::Bulk, ..bulk });
     }
     client.until("the first bulk answers", |c| c.answers.len() >= 2);
-    client.channel.submit(Call { class: Class::Urgent, ..call(100, ECHO, b"u", Buffer::empty(), 100) });
-    client.until("all answers", |c| c.answers.len() == 41);
-    let at = client.answers.iter().position(|answer| answer.tag == 100).unwrap();
-    assert!(at < 25, "the urgent answer came after {at} others");
+    let before = client.answers.len();
+    client
+        .channel
+        .submit(Call { class: Class::Urgent, ..call(100 + BULK, ECHO, b"u", Buffer::empty(), 100) });
+    client.until("all answers", |c| c.answers.len() as u64 == BULK + 1);
+    let at = client.answers.iter().position(|answer| answer.tag == 100 + BULK).unwrap();
+    // What the kernels hold, one turn of receiving and one or two of sending may be ahead of it.
+    assert!(at < before + 16, "the urgent answer came after {} others", at - before);
+    assert!(at < BULK as usize - 16, "the bulk was over too soon: {before} answers before the urgent call");
 }
 
 #[test]

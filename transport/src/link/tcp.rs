@@ -29,6 +29,10 @@ const TAIL: usize = 4 << 10;
 /// Bytes received before others on the ring have their turn.
 const TURN: usize = 4 << 20;
 
+/// Bytes sent before that. A network that is faster than the sender never blocks it, so without a bound an
+/// urgent request would be read only after all bulk was sent.
+const SEND_TURN: usize = 1 << 20;
+
 /// Unsent bytes that the kernel keeps for a socket: what lies there cannot be overtaken.
 const KERNEL_AHEAD: libc::c_int = 256 << 10;
 
@@ -48,6 +52,8 @@ pub(crate) struct TcpLink {
     reading: Reading,
     polls_write: bool,
     blocked: Option<Instant>,
+    /// More is to be sent, after the others' turn.
+    rests: bool,
     /// The last payload was large: receive little at once, so that the next one is not copied either.
     large: bool,
 }
@@ -95,6 +101,7 @@ impl TcpLink {
             reading: Reading::No,
             polls_write: false,
             blocked: None,
+            rests: false,
             large: false,
         })
     }
@@ -179,7 +186,12 @@ impl TcpLink {
 
 impl Link for TcpLink {
     fn send(&mut self, peer: &mut dyn Peer) -> Result<(), Fault> {
+        let mut total = 0;
         while !self.polls_write {
+            self.rests = total >= SEND_TURN;
+            if self.rests {
+                break;
+            }
             self.out.fill(peer);
             if self.out.is_empty() {
                 self.blocked = None;
@@ -192,6 +204,7 @@ impl Link for TcpLink {
                 Ok(n) => {
                     self.blocked = None;
                     self.out.wrote(n, peer);
+                    total += n;
                 }
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
                     self.blocked.get_or_insert_with(Instant::now);
@@ -218,7 +231,7 @@ impl Link for TcpLink {
                 self.reading = Reading::Receives(room);
             }
         }
-        if self.blocked.is_some() && !self.polls_write {
+        if (self.blocked.is_some() || self.rests) && !self.polls_write {
             ring.poll_writable(self.fd(), self.source.token(self.token(true)));
             self.polls_write = true;
         }

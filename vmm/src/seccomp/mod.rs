@@ -8,6 +8,7 @@
 //! Not covered: operations submitted to an io_uring do not pass these filters. The rings' users name only
 //! their own files and sockets.
 
+mod allocator;
 pub mod calls;
 mod explain;
 
@@ -86,6 +87,9 @@ pub enum Error {
     /// The handler of [`Mode::Explain`] cannot be installed.
     #[error("The handler that explains forbidden system calls cannot be installed")]
     Handler(#[source] io::Error),
+    /// No thread can be started for what is to be done before threads are confined.
+    #[error("No thread can be started")]
+    Thread(#[source] io::Error),
     /// [`install`] was called twice.
     #[error("The system call filters are installed already")]
     Twice,
@@ -109,6 +113,7 @@ pub fn install(mode: Mode) -> Result<(), Error> {
         for role in Role::ALL {
             programs.insert(role, compile(role, mode)?);
         }
+        allocator::look_at_overcommit().map_err(Error::Thread)?;
     }
     if mode == Mode::Explain {
         explain::handle_sigsys().map_err(Error::Handler)?;

@@ -85,6 +85,10 @@ mod executable {
 fn usual() {
     let big = vec![7u8; 64 << 20];
     assert_eq!(big.iter().rev().take(9).map(|byte| u32::from(*byte)).sum::<u32>(), 63);
+    // What the allocator does when much of a thread's heap is free again.
+    let small: Vec<Vec<u8>> = (0..2000).map(|_| vec![7; 4000]).collect();
+    assert_eq!(small.iter().map(Vec::len).sum::<usize>(), 8_000_000);
+    drop(small);
     let map: std::collections::HashMap<u32, u32> = (0..1000).map(|i| (i, i)).collect();
     assert_eq!(map.len(), 1000);
     std::thread::sleep(Duration::from_millis(1));
