@@ -88,9 +88,16 @@ pub struct Ring {
 /// Entries of the table of registered buffers.
 const REGISTERED: u32 = 256;
 
-/// The longest time for which a wait watches the ring instead of sleeping: about what it costs to sleep and
-/// be woken on another CPU.
-const SPIN: Duration = Duration::from_micros(20);
+/// The longest time for which a wait watches the ring instead of sleeping. To sleep and be woken on an idle CPU
+/// costs tens of microseconds where CPUs are virtual, which is more than the round trip that is waited for.
+const SPIN: Duration = Duration::from_micros(50);
+
+/// A wait that slept for less than this is short: most of it was the waking, twice over if the other side
+/// sleeps too.
+const SHORT: Duration = Duration::from_micros(120);
+
+/// How long to watch before letting others run that want this CPU.
+const YIELD: Duration = Duration::from_micros(5);
 
 /// So many short waits in a row make the next one watch.
 const SHORT_WAITS: u32 = 8;
@@ -113,7 +120,7 @@ impl Haste {
 
     /// A wait that slept took so long.
     fn note(&mut self, took: Duration) {
-        self.short = if took < SPIN * 2 { SHORT_WAITS.min(self.short + 1) } else { 0 };
+        self.short = if took < SHORT { SHORT_WAITS.min(self.short + 1) } else { 0 };
     }
 
     /// It was watched in vain.
@@ -267,15 +274,28 @@ impl Ring {
             return result;
         }
         self.enter(0, None)?;
+        if !self.watch(timeout.unwrap_or(SPIN).min(SPIN)) {
+            self.haste.missed();
+        }
+        self.enter(1, timeout)
+    }
+
+    /// Watches the ring for so long at most; says whether something came.
+    fn watch(&mut self, at_most: Duration) -> bool {
         let began = Instant::now();
+        let mut yields = YIELD;
         while !self.stirs() {
-            if began.elapsed() >= SPIN {
-                self.haste.missed();
-                break;
+            let watched = began.elapsed();
+            if watched >= at_most {
+                return false;
+            }
+            if watched >= yields {
+                std::thread::yield_now();
+                yields = watched + YIELD;
             }
             std::hint::spin_loop();
         }
-        self.enter(1, timeout)
+        true
     }
 
     /// Whether a wait would end at once.
