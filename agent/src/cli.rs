@@ -70,6 +70,10 @@ pub fn main() -> ExitCode {
             eprintln!("{mistakes}");
             return ExitCode::from(2);
         }
+        Err(e @ (Error::Unprotected { .. } | Error::Unproven { .. })) => {
+            eprintln!("omega-agent: {e}");
+            2
+        }
         Err(e) => {
             eprintln!("omega-agent: {e}");
             1
@@ -131,6 +135,7 @@ fn print(text: &str) -> Result<(), Error> {
 }
 
 fn validate(config: &Config) -> Result<(), Error> {
+    let policy = serve::protection(config)?;
     let mut problems = Vec::new();
     for volume in &config.volume {
         if volume.create.is_some() && !volume.path.exists() {
@@ -141,7 +146,10 @@ fn validate(config: &Config) -> Result<(), Error> {
         }
     }
     if problems.is_empty() {
-        return print(&format!("valid: {} volumes, listening on {}", config.volume.len(), config.listen));
+        let mut lines =
+            vec![format!("valid: {} volumes, listening on {}", config.volume.len(), config.listen)];
+        lines.extend(policy.describe().iter().map(|rule| format!("allow: {rule}")));
+        return print(&lines.join("\n"));
     }
     Err(Error::Answer(problems.join("\nomega-agent: ")))
 }

@@ -12,6 +12,8 @@ use vmm::config::Mistakes;
 use vmm::config::toml_file::{self, Checker, KeyPath, beside};
 use vmm::units::{Bytes, Span};
 
+use crate::policy::matches;
+
 /// Where the configuration is looked for.
 pub const DEFAULT_PATH: &str = "/etc/omega/agent.toml";
 
@@ -21,8 +23,11 @@ pub const DEFAULT_PATH: &str = "/etc/omega/agent.toml";
 pub struct Config {
     /// Address and port to listen on.
     pub listen: String,
-    /// Listen on a network although connections are neither encrypted nor authenticated yet.
+    /// Listen on a network although this PC has no identity: whoever reaches it may use every volume.
     pub insecure: bool,
+    /// The folder of this PC's identity, which `omega-agent join` fills; by default `identity` in the state
+    /// folder. With an identity every connection is mutual TLS, on loopback too.
+    pub identity: Option<PathBuf>,
     /// The name that guests' logs show for this PC; its host name by default.
     pub name: Option<String>,
     /// Where leases are stored; by default systemd's state folder, or `/var/lib/omega-agent`.
@@ -35,6 +40,8 @@ pub struct Config {
     pub limits: Limits,
     /// The volumes.
     pub volume: Vec<Volume>,
+    /// Which nodes may use what. Without one, the household's consoles may use every volume.
+    pub allow: Vec<Allow>,
 }
 
 /// Bounds against peers that want too much.
@@ -68,6 +75,37 @@ pub struct Volume {
     pub create: Option<Bytes>,
 }
 
+/// What some nodes may use. Their names are those of their certificates.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Allow {
+    /// Which nodes: names, in which `*` stands for any characters.
+    pub nodes: Vec<String>,
+    /// Which volumes, in the same way.
+    #[serde(default)]
+    pub volumes: Vec<String>,
+    /// What they may do with these volumes.
+    #[serde(default)]
+    pub access: Access,
+    /// How much of this PC's RAM their guests may use; nothing lends RAM yet.
+    #[serde(default)]
+    pub memory: Option<Bytes>,
+    /// How many vCPUs their guests may run here; nothing lends vCPUs yet.
+    #[serde(default)]
+    pub vcpus: Option<u32>,
+}
+
+/// What may be done with a volume.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Access {
+    /// Hold its lease and read it.
+    #[default]
+    Read,
+    /// That, and write it.
+    Write,
+}
+
 /// Whether I/O goes past the page cache.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
@@ -96,12 +134,14 @@ impl Default for Config {
         Self {
             listen: "127.0.0.1:7420".to_owned(),
             insecure: false,
+            identity: None,
             name: None,
             state: None,
             lease_ttl: Span(Duration::from_secs(15)),
             stop_timeout: Span(Duration::from_secs(10)),
             limits: Limits::default(),
             volume: Vec::new(),
+            allow: Vec::new(),
         }
     }
 }
@@ -134,6 +174,7 @@ impl Config {
             volume.path = beside(path, &volume.path);
         }
         self.state = self.state.map(|state| beside(path, &state));
+        self.identity = self.identity.map(|identity| beside(path, &identity));
         self
     }
 
@@ -156,21 +197,23 @@ impl Config {
         let systemd = || std::env::var_os("STATE_DIRECTORY").map(PathBuf::from);
         self.state.clone().or_else(systemd).unwrap_or_else(|| PathBuf::from("/var/lib/omega-agent"))
     }
+
+    /// Where this PC's identity is, if it has one. Beside the leases, in the one folder that is the service's
+    /// own whatever user it runs as, and that nobody else can look into.
+    #[must_use]
+    pub fn identity_folder(&self) -> PathBuf {
+        let set = || std::env::var_os("OMEGA_IDENTITY").filter(|p| !p.is_empty()).map(PathBuf::from);
+        self.identity.clone().or_else(set).unwrap_or_else(|| self.state_folder().join("identity"))
+    }
 }
 
 fn check(config: &Config, checker: &mut Checker<'_>) {
     let root = KeyPath::root();
-    match config.listen.parse::<SocketAddr>() {
-        Err(_) => checker.wrong(
+    if config.listen.parse::<SocketAddr>().is_err() {
+        checker.wrong(
             &root.key("listen"),
             format!("`{}` is no address with a port; write for example `127.0.0.1:7420`", config.listen),
-        ),
-        Ok(address) if !address.ip().is_loopback() && !config.insecure => checker.wrong(
-            &root.key("listen"),
-            "connections are neither encrypted nor authenticated yet, so whoever reaches this address can read \
-             and write the volumes; listen on 127.0.0.1, or write `insecure = true` on a network that you trust",
-        ),
-        Ok(_) => {}
+        );
     }
     if config.lease_ttl.0 < Duration::from_secs(1) {
         checker.wrong(&root.key("lease_ttl"), "a lease lasts at least one second, `1s`");
@@ -187,6 +230,38 @@ fn check(config: &Config, checker: &mut Checker<'_>) {
     }
     for (index, volume) in config.volume.iter().enumerate() {
         check_volume(volume, &config.volume[..index], &root.key("volume").index(index), checker);
+    }
+    for (index, allow) in config.allow.iter().enumerate() {
+        check_allow(allow, &config.volume, &root.key("allow").index(index), checker);
+    }
+}
+
+fn check_allow(allow: &Allow, volumes: &[Volume], key: &KeyPath, checker: &mut Checker<'_>) {
+    let form = "write letters, digits, `-`, `_`, `.`, and `*` for any of them";
+    let fits = |c: char| c.is_ascii_alphanumeric() || "-_.*".contains(c);
+    for (patterns, name) in [(&allow.nodes, "nodes"), (&allow.volumes, "volumes")] {
+        for (index, pattern) in patterns.iter().enumerate() {
+            if pattern.is_empty() || pattern.len() > MAX_NAME || !pattern.chars().all(fits) {
+                checker.wrong(&key.key(name).index(index), format!("`{pattern}` is no name; {form}"));
+            }
+        }
+    }
+    if allow.nodes.is_empty() {
+        checker.wrong(&key.key("nodes"), "names nobody; write names, or `[\"*\"]` for every node");
+    }
+    for (index, pattern) in allow.volumes.iter().enumerate() {
+        if !volumes.iter().any(|volume| matches(pattern, &volume.name)) {
+            checker.wrong(&key.key("volumes").index(index), format!("there is no volume named `{pattern}`"));
+        }
+    }
+    if allow.volumes.is_empty() && allow.memory.is_none() && allow.vcpus.is_none() {
+        checker.wrong(key, "allows nothing; give `volumes`, `memory` or `vcpus`");
+    }
+    if allow.memory.is_some_and(|memory| memory.0 < 1 << 20) {
+        checker.wrong(&key.key("memory"), "less than `1M` helps no guest; leave the key out to lend none");
+    }
+    if allow.vcpus == Some(0) {
+        checker.wrong(&key.key("vcpus"), "write at least 1; leave the key out to lend none");
     }
 }
 
@@ -248,10 +323,46 @@ mod tests {
     }
 
     #[test]
-    fn a_network_address_needs_a_word_that_it_is_insecure() {
-        let text = mistakes("listen = '0.0.0.0:7420'");
-        assert!(text.contains("agent.toml:1:") && text.contains("key `listen`"), "{text}");
-        assert!(Config::parse(Path::new("a"), "listen = '0.0.0.0:7420'\ninsecure = true").is_ok());
+    fn a_table_of_what_nodes_may_use_names_nodes_and_volumes_that_there_are() {
+        let volumes = "[[volume]]\nname = 'root'\npath = '/a'\n";
+        let good = "[[allow]]\nnodes = ['desk', 'lap-*']\nvolumes = ['r*']\naccess = 'write'\nmemory = '8G'\nvcpus = 4\n";
+        let config = Config::parse(Path::new("a"), &format!("{volumes}{good}")).expect("valid");
+        let expected = Allow {
+            nodes: vec!["desk".into(), "lap-*".into()],
+            volumes: vec!["r*".into()],
+            access: Access::Write,
+            memory: Some(Bytes(8 << 30)),
+            vcpus: Some(4),
+        };
+        assert_eq!(config.allow, [expected]);
+        let read =
+            Config::parse(Path::new("a"), &format!("{volumes}[[allow]]\nnodes = ['*']\nvolumes = ['*']"));
+        assert_eq!(
+            read.expect("valid").allow[0].access,
+            Access::Read,
+            "who does not say `write` means reading"
+        );
+        for (text, line, what) in [
+            ("[[allow]]\nvolumes = ['root']\n", 4, "nodes"),
+            ("[[allow]]\nnodes = []\nvolumes = ['root']\n", 5, "names nobody"),
+            ("[[allow]]\nnodes = ['*']\n", 4, "allows nothing"),
+            ("[[allow]]\nnodes = ['*']\nvolumes = ['roof']\n", 6, "no volume named `roof`"),
+            ("[[allow]]\nnodes = ['a b']\nvolumes = ['*']\n", 5, "`a b` is no name"),
+            ("[[allow]]\nnodes = ['*']\nvcpus = 0\n", 6, "at least 1"),
+            ("[[allow]]\nnodes = ['*']\nmemory = '4K'\n", 6, "1M"),
+            ("[[allow]]\nnodes = ['*']\nvolumes = ['*']\naccess = 'all'\n", 7, "`read`"),
+        ] {
+            let text = mistakes(&format!("{volumes}{text}"));
+            assert!(text.contains(what) && text.contains(&format!("agent.toml:{line}:")), "{text}");
+        }
+    }
+
+    #[test]
+    fn the_identity_is_beside_the_leases_unless_said_otherwise() {
+        let config = Config { state: Some("/s".into()), ..Config::default() };
+        assert_eq!(config.identity_folder(), Path::new("/s/identity"));
+        let config = Config::parse(Path::new("/etc/omega/agent.toml"), "identity = 'id'").expect("valid");
+        assert_eq!(config.identity_folder(), Path::new("/etc/omega/id"));
     }
 
     #[test]

@@ -13,8 +13,10 @@ use transport::ring::{Completion, Ring, Token};
 use transport::server::{Connection, Event, Request};
 use transport::wire::{MAX_PAYLOAD, Status};
 
+use crate::config::Access as Allowed;
 use crate::lease::Refused;
-use crate::serve::{Agent, Handle};
+use crate::policy::Asker;
+use crate::serve::{Agent, Granted, Handle};
 use crate::volume::{Grant, lock};
 
 /// A connection comes round at least so often, so that the watchdog sees it alive.
@@ -22,11 +24,14 @@ const ROUND: Duration = Duration::from_secs(2);
 /// How often a volume is looked at that another session still has requests in flight on.
 const DRAIN: Duration = Duration::from_millis(2);
 const ENTRIES: u32 = 256;
+/// So many refusals of one connection are told in the log.
+const TOLD: usize = 8;
 
 /// A volume that this connection's session was granted.
 struct Bound {
     volume: usize,
     grant: Arc<Grant>,
+    allowed: Allowed,
     used: bool,
 }
 
@@ -53,6 +58,9 @@ struct Worker {
     connection: Connection,
     wake: Token,
     peer: String,
+    asker: Asker,
+    /// What was refused and is in the log already: a peer that asks again and again is told, the log is not.
+    told: Vec<String>,
     session: u128,
     bounds: Vec<Bound>,
     /// One for each volume of the agent that this connection uses.
@@ -85,6 +93,8 @@ pub(crate) fn serve(
         connection,
         wake,
         peer: String::new(),
+        asker: Asker::Unproven,
+        told: Vec::new(),
         session: 0,
         bounds: Vec::new(),
         disks,
@@ -188,8 +198,8 @@ impl Worker {
             opcode::RENEW => self.renew(&request),
             opcode::RELEASE => self.release(&request),
             opcode::OPEN => self.open(&request),
-            opcode::VOLUMES => self.report(&request, self.agent.volumes_json()),
-            opcode::INVENTORY => self.report(&request, self.agent.inventory_json()),
+            opcode::VOLUMES => self.report(&request, self.agent.volumes_json(&self.asker)),
+            opcode::INVENTORY => self.inventory(&request),
             _ => self.connection.answer(request.id, Status::UNKNOWN_OPERATION, &[], Buffer::empty()),
         }
     }
@@ -208,6 +218,7 @@ impl Worker {
                 self.refuse(id, status::LEASED, &Refusal { errno: 0, wait, text: why });
             }
             Refused::Fenced(why) => self.refuse(id, status::FENCED, &Refusal::because(why)),
+            Refused::Forbidden(why) => self.forbid(id, why),
             Refused::Failed(why) => {
                 tracing::error!(%why, "A lease could not be given");
                 self.refuse(id, status::UNFIT, &Refusal::because(why));
@@ -215,18 +226,39 @@ impl Worker {
         }
     }
 
+    /// Policy does not allow it. Both logs say so, this one once for each connection and reason.
+    fn forbid(&mut self, id: u64, why: String) {
+        self.refuse(id, status::FORBIDDEN, &Refusal::because(why.clone()));
+        if self.told.len() < TOLD && !self.told.contains(&why) {
+            tracing::warn!(peer = %self.peer, %why, "Refused");
+            self.told.push(why);
+        }
+    }
+
+    fn inventory(&mut self, request: &Request) {
+        if self.agent.policy.shows_inventory(&self.asker) {
+            return self.report(request, self.agent.inventory_json());
+        }
+        self.forbid(
+            request.id,
+            format!("{} may use nothing here, so it is not told what there is", self.asker),
+        );
+    }
+
     fn acquire(&mut self, request: &Request) {
         let asked = match Acquire::decode(&request.body) {
             Ok(asked) => asked,
             Err(e) => return self.malformed(request.id, &e),
         };
-        match self.agent.acquire(&asked) {
+        match self.agent.acquire(&self.asker, &asked) {
             Ok(epoch) => {
                 let acquired = Acquired { epoch, ttl: lock(&self.agent.leases).ttl() };
                 self.connection.answer(request.id, Status::OK, &acquired.encode(), Buffer::empty());
             }
             Err(None) => {
-                let names: Vec<&str> = self.agent.volumes.iter().map(|v| v.config.name.as_str()).collect();
+                let names = self.agent.volumes.iter().map(|v| v.config.name.as_str());
+                let names: Vec<&str> =
+                    names.filter(|name| self.agent.policy.shows(&self.asker, name)).collect();
                 let has = if names.is_empty() { "none".to_owned() } else { names.join(", ") };
                 let why = Refusal::because(format!("it serves {has}"));
                 self.refuse(request.id, status::NO_SUCH_VOLUME, &why);
@@ -240,8 +272,8 @@ impl Worker {
             Ok(lease) => lease,
             Err(e) => return self.malformed(request.id, &e),
         };
-        match self.agent.check(lease) {
-            Ok(volume) => {
+        match self.agent.check(&self.asker, lease) {
+            Ok((volume, _)) => {
                 self.agent.volumes[volume].heard();
                 self.connection.answer(request.id, Status::OK, &[], Buffer::empty());
             }
@@ -254,7 +286,7 @@ impl Worker {
             Ok(lease) => lease,
             Err(e) => return self.malformed(request.id, &e),
         };
-        match self.agent.release(lease) {
+        match self.agent.release(&self.asker, lease) {
             Ok(()) => self.connection.answer(request.id, Status::OK, &[], Buffer::empty()),
             Err(refused) => self.refuse_lease(request.id, refused),
         }
@@ -265,8 +297,8 @@ impl Worker {
             Ok(Open { epoch, holder }) => Lease { epoch, holder },
             Err(e) => return self.malformed(request.id, &e),
         };
-        let volume = match self.agent.check(lease) {
-            Ok(volume) => volume,
+        let volume = match self.agent.check(&self.asker, lease) {
+            Ok((volume, _)) => volume,
             Err(refused) => return self.refuse_lease(request.id, refused),
         };
         let image = match self.agent.volumes[volume].image() {
@@ -281,12 +313,15 @@ impl Worker {
             self.disks[volume] = Some(disk);
         }
         // The image may have been slow to open; somebody else may have the volume by now.
-        let (volume, grant, earlier) = match self.agent.grant(lease, self.session) {
+        let granted = match self.agent.grant(&self.asker, lease, self.session) {
             Ok(granted) => granted,
             Err(refused) => return self.refuse_lease(request.id, refused),
         };
-        self.bind(volume, grant);
-        let answer = Opened { geometry: image.geometry(), identity: image.identity() };
+        let mut geometry = image.geometry();
+        geometry.read_only |= granted.allowed == Allowed::Read;
+        let answer = Opened { geometry, identity: image.identity() };
+        let earlier = granted.earlier.clone();
+        let volume = self.bind(granted);
         if earlier.is_empty() {
             self.opened(request.id, volume, &answer);
         } else {
@@ -294,13 +329,15 @@ impl Worker {
         }
     }
 
-    fn bind(&mut self, volume: usize, grant: Arc<Grant>) {
+    fn bind(&mut self, granted: Granted) -> usize {
+        let Granted { volume, allowed, grant, .. } = granted;
         let stale = |b: &Bound| b.volume == volume;
         for old in self.bounds.extract_if(.., |b| stale(b)) {
             old.grant.connected(false);
         }
         grant.connected(true);
-        self.bounds.push(Bound { volume, grant, used: true });
+        self.bounds.push(Bound { volume, grant, allowed, used: true });
+        volume
     }
 
     fn opened(&mut self, id: u64, volume: usize, answer: &Opened) {
@@ -318,8 +355,8 @@ impl Worker {
         }
     }
 
-    /// The grant under which `epoch` may be used, entered.
-    fn enter(&mut self, epoch: u64) -> Result<(usize, Arc<Grant>), Refused> {
+    /// The grant under which `epoch` may be used, entered, and what for.
+    fn enter(&mut self, epoch: u64) -> Result<(usize, Allowed, Arc<Grant>), Refused> {
         let known = self.bounds.iter().position(|b| b.grant.epoch == epoch);
         let index = match known {
             Some(index) => index,
@@ -330,13 +367,13 @@ impl Worker {
             return Err(self.agent.fenced(epoch));
         }
         bound.used = true;
-        Ok((bound.volume, Arc::clone(&bound.grant)))
+        Ok((bound.volume, bound.allowed, Arc::clone(&bound.grant)))
     }
 
     /// Takes over what the same session was granted on an earlier connection.
     fn resume(&mut self, epoch: u64) -> Result<usize, Refused> {
-        let (volume, grant) =
-            self.agent.granted(epoch, self.session).ok_or_else(|| self.agent.fenced(epoch))?;
+        let granted = self.agent.granted(&self.asker, epoch, self.session)?;
+        let volume = granted.volume;
         if self.disks[volume].is_none() {
             let failed = |why: String| Refused::Failed(why);
             let image = self.agent.volumes[volume].image().map_err(|e| failed(e.to_string()))?;
@@ -344,7 +381,7 @@ impl Worker {
             disk.attach(&mut self.ring).map_err(|e| failed(e.to_string()))?;
             self.disks[volume] = Some(disk);
         }
-        self.bind(volume, grant);
+        self.bind(granted);
         Ok(self.bounds.len() - 1)
     }
 
@@ -370,10 +407,14 @@ impl Worker {
         if moves && (access.len != carried as u64 || carried > MAX_PAYLOAD) {
             return self.malformed(id, &"The range and the payload differ in length");
         }
-        let (volume, grant) = match self.enter(access.epoch) {
+        let (volume, allowed, grant) = match self.enter(access.epoch) {
             Ok(entered) => entered,
             Err(refused) => return self.refuse_lease(id, refused),
         };
+        if allowed == Allowed::Read && !matches!(operation, Operation::Read | Operation::Flush) {
+            grant.exit();
+            return self.refuse_write(id, volume);
+        }
         let buffer = if operation == Operation::Read { self.connection.buffer(carried) } else { payload };
         let read = operation == Operation::Read;
         let tag = self.jobs.insert(Job { id, bound: grant, volume, read }) as u64;
@@ -381,6 +422,13 @@ impl Worker {
         if let Some(disk) = &mut self.disks[volume] {
             disk.submit(&mut self.ring, request, &mut self.done);
         }
+    }
+
+    /// Policy lets the peer read the volume only.
+    fn refuse_write(&mut self, id: u64, volume: usize) {
+        let name = &self.agent.volumes[volume].config.name;
+        let why = format!("{} may only read volume {name}", self.asker);
+        self.refuse(id, status::READ_ONLY, &Refusal::because(why));
     }
 
     /// Answers the requests whose I/O is done.

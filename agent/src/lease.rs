@@ -4,6 +4,7 @@
 //! twice, so a request that carries an old one can be told apart for ever.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -33,6 +34,26 @@ pub struct Holder {
     pub id: u128,
     /// For people.
     pub name: String,
+    /// The node that took it, as its certificate proved: nobody else renews, uses or gives back the lease, even
+    /// if it knows the number. None if it came over a plain connection.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node: Option<String>,
+}
+
+impl Holder {
+    fn is(&self, id: u128, node: Option<&str>) -> bool {
+        self.id == id && self.node.as_deref() == node
+    }
+}
+
+/// For people.
+impl fmt::Display for Holder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.node {
+            Some(node) => write!(f, "{} (node {node})", self.name),
+            None => f.write_str(&self.name),
+        }
+    }
 }
 
 mod hexadecimal {
@@ -77,6 +98,8 @@ pub enum Refused {
     },
     /// It is no longer the asker's.
     Fenced(String),
+    /// The agent's policy does not let the asker's node have it.
+    Forbidden(String),
     /// It could not be stored.
     Failed(String),
 }
@@ -130,21 +153,26 @@ impl Table {
         Some((name, record))
     }
 
-    /// Gives `asked.volume` to the asker, or confirms that it is the asker's. The volume exists; `activity`
-    /// is that of its holder now. Returns the epoch; it is on stable storage.
+    /// Gives `asked.volume` to the asker on `node`, or confirms that it is the asker's. The volume exists, and
+    /// policy was asked; `activity` is that of its holder now. Returns the epoch; it is on stable storage.
     ///
     /// # Errors
     /// [`Refused`].
-    pub fn acquire(&mut self, asked: &Acquire, activity: Activity) -> Result<u64, Refused> {
+    pub fn acquire(
+        &mut self,
+        asked: &Acquire,
+        node: Option<&str>,
+        activity: Activity,
+    ) -> Result<u64, Refused> {
         let record = self.stored.volumes.get(&asked.volume);
         let holder = record.and_then(|r| r.holder.as_ref());
         let epoch = record.map_or(0, |r| r.epoch);
-        let ours = holder.is_some_and(|h| h.id == asked.holder);
+        let ours = holder.is_some_and(|h| h.is(asked.holder, node));
         if ours && (asked.expected == 0 || asked.expected == epoch) {
             return Ok(epoch);
         }
         if asked.expected != 0 {
-            let who = holder.map_or_else(|| "nobody has it now".to_owned(), |h| format!("{} has it", h.name));
+            let who = holder.map_or_else(|| "nobody has it now".to_owned(), |h| format!("{h} has it"));
             return Err(Refused::Fenced(format!("the lease of volume {} is over; {who}", asked.volume)));
         }
         if let Some(holder) = holder
@@ -157,9 +185,10 @@ impl Table {
             let left = wait.as_secs() + 1;
             let gone = format!("went away without giving it back; the lease expires in {left} s");
             let state = if alive { "is connected".to_owned() } else { gone };
-            return Err(Refused::Leased { wait, why: format!("{} holds it and {state}", holder.name) });
+            return Err(Refused::Leased { wait, why: format!("{holder} holds it and {state}") });
         }
-        let holder = Some(Holder { id: asked.holder, name: asked.name.clone() });
+        let node = node.map(str::to_owned);
+        let holder = Some(Holder { id: asked.holder, name: asked.name.clone(), node });
         self.give(&asked.volume, holder)
     }
 
@@ -184,27 +213,35 @@ impl Table {
         Ok(epoch)
     }
 
-    /// Whether `lease` is current, and of which volume. Without a holder it is only of a volume that is
-    /// `read_only`: another one was given back, and its epoch is nobody's.
+    /// Whether `lease` is current and of `node`, and of which volume. Without a holder it is only of a volume
+    /// that is `read_only`: another one was given back, and its epoch is nobody's.
     ///
     /// # Errors
     /// [`Refused::Fenced`].
-    pub fn check(&self, lease: Lease, read_only: impl Fn(&str) -> bool) -> Result<&str, Refused> {
+    pub fn check(
+        &self,
+        lease: Lease,
+        node: Option<&str>,
+        read_only: impl Fn(&str) -> bool,
+    ) -> Result<&str, Refused> {
         match self.volume_of(lease.epoch) {
             Some((volume, Record { holder: None, .. })) if read_only(volume) => Ok(volume),
-            Some((volume, Record { holder: Some(holder), .. })) if holder.id == lease.holder => Ok(volume),
+            Some((volume, Record { holder: Some(holder), .. })) if holder.is(lease.holder, node) => {
+                Ok(volume)
+            }
             _ => Err(Refused::Fenced(format!("lease {} is over", lease.epoch))),
         }
     }
 
-    /// Ends `lease`; no holder may act under it again. Ending one that is over already is no error.
+    /// Ends `lease` if it is of `node`; no holder may act under it again. Ending one that is over already is no
+    /// error.
     ///
     /// # Errors
     /// [`Refused::Failed`].
-    pub fn release(&mut self, lease: Lease) -> Result<Option<String>, Refused> {
+    pub fn release(&mut self, lease: Lease, node: Option<&str>) -> Result<Option<String>, Refused> {
         let held = self.volume_of(lease.epoch).and_then(|(volume, record)| {
             let holder = record.holder.as_ref()?;
-            (holder.id == lease.holder).then(|| volume.to_owned())
+            holder.is(lease.holder, node).then(|| volume.to_owned())
         });
         let Some(volume) = held else { return Ok(None) };
         let mut next = self.stored.clone();
@@ -243,6 +280,8 @@ mod tests {
     const QUIET: Activity = Activity { idle: Duration::from_secs(3), connected: false };
     const GONE: Activity = Activity { idle: Duration::from_secs(11), connected: false };
 
+    const DESK: Option<&str> = Some("desk");
+
     fn ask(holder: u128, expected: u64) -> Acquire {
         Acquire { volume: "v".into(), holder, expected, name: format!("guest-{holder}") }
     }
@@ -260,50 +299,82 @@ mod tests {
     #[test]
     fn a_lease_is_one_holders_until_it_expires_and_epochs_only_grow() {
         let (_folder, mut table) = table();
-        let first = table.acquire(&ask(1, 0), GONE).expect("free");
-        assert_eq!(table.acquire(&ask(1, 0), QUIET), Ok(first), "asking again confirms it");
-        assert_eq!(table.acquire(&ask(1, first), QUIET), Ok(first));
-        let refused = table.acquire(&ask(2, 0), QUIET).expect_err("leased");
+        let first = table.acquire(&ask(1, 0), DESK, GONE).expect("free");
+        assert_eq!(table.acquire(&ask(1, 0), DESK, QUIET), Ok(first), "asking again confirms it");
+        assert_eq!(table.acquire(&ask(1, first), DESK, QUIET), Ok(first));
+        let refused = table.acquire(&ask(2, 0), DESK, QUIET).expect_err("leased");
         let wait = TTL - QUIET.idle;
         assert!(
             matches!(&refused, Refused::Leased { wait: w, why } if *w == wait && why.contains("guest-1"))
         );
-        let second = table.acquire(&ask(2, 0), GONE).expect("expired");
+        let second = table.acquire(&ask(2, 0), DESK, GONE).expect("expired");
         assert!(second > first);
         assert!(
-            matches!(table.acquire(&ask(1, first), GONE), Err(Refused::Fenced(why)) if why.contains("guest-2"))
+            matches!(table.acquire(&ask(1, first), DESK, GONE), Err(Refused::Fenced(why)) if why.contains("guest-2"))
         );
-        assert!(table.check(Lease { epoch: first, holder: 1 }, writable).is_err());
-        assert_eq!(table.check(Lease { epoch: second, holder: 2 }, writable), Ok("v"));
+        assert!(table.check(Lease { epoch: first, holder: 1 }, DESK, writable).is_err());
+        assert_eq!(table.check(Lease { epoch: second, holder: 2 }, DESK, writable), Ok("v"));
         let guessed = Lease { epoch: second, holder: 1 };
-        assert!(table.check(guessed, writable).is_err(), "a guessed epoch is not enough");
-        table.release(Lease { epoch: second, holder: 2 }).expect("it stores");
+        assert!(table.check(guessed, DESK, writable).is_err(), "a guessed epoch is not enough");
+        table.release(Lease { epoch: second, holder: 2 }, DESK).expect("it stores");
         for epoch in 0..second + 5 {
             let guessed = Lease { epoch, holder: 1 };
-            assert!(table.check(guessed, writable).is_err(), "nor once the lease was given back: {epoch}");
+            assert!(
+                table.check(guessed, DESK, writable).is_err(),
+                "nor once the lease was given back: {epoch}"
+            );
         }
+    }
+
+    #[test]
+    fn a_lease_is_the_nodes_that_took_it_even_if_another_knows_its_numbers() {
+        let (folder, mut table) = table();
+        let epoch = table.acquire(&ask(1, 0), DESK, GONE).expect("free");
+        let lease = Lease { epoch, holder: 1 };
+        for other in [Some("shed"), None] {
+            assert!(matches!(table.check(lease, other, writable), Err(Refused::Fenced(_))), "{other:?}");
+            assert_eq!(table.release(lease, other), Ok(None), "{other:?}");
+            let again = table.acquire(&ask(1, epoch), other, GONE);
+            assert!(matches!(again, Err(Refused::Fenced(why)) if why.contains("(node desk)")), "{other:?}");
+            let anew = table.acquire(&ask(1, 0), other, QUIET);
+            assert!(matches!(anew, Err(Refused::Leased { .. })), "{other:?}: {anew:?}");
+        }
+        let mut table = Table::load(folder.path(), TTL).expect("it loads");
+        assert_eq!(table.check(lease, DESK, writable), Ok("v"), "also after a restart of the agent");
+        assert_eq!(table.release(lease, DESK), Ok(Some("v".into())));
+    }
+
+    #[test]
+    fn a_table_of_an_agent_that_knew_no_nodes_is_read() {
+        let (folder, _) = table();
+        let old =
+            r#"{"version":1,"last_epoch":7,"volumes":{"v":{"epoch":7,"holder":{"id":"01","name":"g"}}}}"#;
+        fs::write(folder.path().join("leases.json"), old).expect("it writes");
+        let table = Table::load(folder.path(), TTL).expect("it loads");
+        assert_eq!(table.check(Lease { epoch: 7, holder: 1 }, None, writable), Ok("v"));
+        assert!(table.check(Lease { epoch: 7, holder: 1 }, DESK, writable).is_err());
     }
 
     #[test]
     fn leases_survive_a_restart_of_the_agent() {
         let (folder, mut table) = table();
-        let epoch = table.acquire(&ask(1, 0), GONE).expect("free");
+        let epoch = table.acquire(&ask(1, 0), DESK, GONE).expect("free");
         drop(table);
         let mut table = Table::load(folder.path(), TTL).expect("it loads");
-        assert_eq!(table.acquire(&ask(1, epoch), QUIET), Ok(epoch));
-        assert!(table.acquire(&ask(2, 0), QUIET).is_err());
+        assert_eq!(table.acquire(&ask(1, epoch), DESK, QUIET), Ok(epoch));
+        assert!(table.acquire(&ask(2, 0), DESK, QUIET).is_err());
     }
 
     #[test]
     fn a_lease_that_was_given_back_is_free_and_its_epoch_dead() {
         let (folder, mut table) = table();
-        let epoch = table.acquire(&ask(1, 0), GONE).expect("free");
-        assert_eq!(table.release(Lease { epoch, holder: 2 }), Ok(None), "not the holder");
-        assert_eq!(table.release(Lease { epoch, holder: 1 }), Ok(Some("v".into())));
-        assert!(table.check(Lease { epoch, holder: 1 }, writable).is_err());
+        let epoch = table.acquire(&ask(1, 0), DESK, GONE).expect("free");
+        assert_eq!(table.release(Lease { epoch, holder: 2 }, DESK), Ok(None), "not the holder");
+        assert_eq!(table.release(Lease { epoch, holder: 1 }, DESK), Ok(Some("v".into())));
+        assert!(table.check(Lease { epoch, holder: 1 }, DESK, writable).is_err());
         let mut table = Table::load(folder.path(), TTL).expect("it loads");
-        assert!(matches!(table.acquire(&ask(1, epoch), QUIET), Err(Refused::Fenced(_))));
-        assert!(table.acquire(&ask(2, 0), QUIET).expect("free") > epoch);
+        assert!(matches!(table.acquire(&ask(1, epoch), DESK, QUIET), Err(Refused::Fenced(_))));
+        assert!(table.acquire(&ask(2, 0), DESK, QUIET).expect("free") > epoch);
     }
 
     #[test]
@@ -312,9 +383,9 @@ mod tests {
         let epoch = table.share("r").expect("free");
         let mut table2 = Table::load(folder.path(), TTL).expect("it loads");
         assert_eq!(table2.share("r"), Ok(epoch));
-        assert_eq!(table.release(Lease { epoch, holder: 0 }), Ok(None));
-        assert_eq!(table.check(Lease { epoch, holder: 77 }, |name| name == "r"), Ok("r"));
-        assert!(table.check(Lease { epoch, holder: 77 }, writable).is_err(), "it is writable by now");
+        assert_eq!(table.release(Lease { epoch, holder: 0 }, DESK), Ok(None));
+        assert_eq!(table.check(Lease { epoch, holder: 77 }, DESK, |name| name == "r"), Ok("r"));
+        assert!(table.check(Lease { epoch, holder: 77 }, DESK, writable).is_err(), "it is writable by now");
     }
 
     #[test]

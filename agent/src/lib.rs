@@ -9,6 +9,7 @@ pub mod config;
 mod connection;
 pub mod inventory;
 pub mod lease;
+pub mod policy;
 pub mod serve;
 pub mod volume;
 
@@ -25,6 +26,29 @@ pub enum Error {
         address: std::net::SocketAddr,
         /// Why.
         source: std::io::Error,
+    },
+    /// Everybody on the network could use the volumes.
+    #[error(
+        "Nothing keeps strangers from {address}: this PC has no identity in {identity}; get a token by `omega node \
+         invite NAME` on the household's first console, then run `omega-agent join TOKEN` here (or listen on \
+         127.0.0.1; or write `insecure = true` on a network where you trust everybody)",
+        identity = identity.display()
+    )]
+    Unprotected {
+        /// The address.
+        address: std::net::SocketAddr,
+        /// Where an identity was looked for.
+        identity: std::path::PathBuf,
+    },
+    /// The policy names nodes, and no node can prove that it is one of them.
+    #[error(
+        "`[[allow]]` names nodes, but without an identity in {identity} nobody can prove a name; get a token by \
+         `omega node invite NAME` on the household's first console, then run `omega-agent join TOKEN` here",
+        identity = identity.display()
+    )]
+    Unproven {
+        /// Where an identity was looked for.
+        identity: std::path::PathBuf,
     },
     /// The lease table cannot be read or written.
     #[error("Cannot use the state folder {path}: {source}", path = path.display())]

@@ -16,9 +16,10 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use sd_notify::NotifyState;
 use transport::server::{Limits, Sessions};
 
-use crate::config::Config;
+use crate::config::{Access, Config};
 use crate::lease::{Activity, Refused, Table};
-use crate::volume::{Grant, Volume, lock};
+use crate::policy::{Asker, Policy};
+use crate::volume::{Grant, User, Volume, lock};
 use crate::{Error, connection, inventory};
 
 /// How long an image that another process has locked is waited for at the start: an agent that was killed
@@ -30,6 +31,7 @@ const HANG: Duration = Duration::from_secs(30);
 /// What all connections share.
 pub struct Agent {
     pub(crate) volumes: Vec<Volume>,
+    pub(crate) policy: Policy,
     pub(crate) leases: Mutex<Table>,
     pub(crate) sessions: Arc<Sessions>,
     stopping: AtomicBool,
@@ -64,11 +66,19 @@ impl Handle {
     }
 }
 
-/// A volume, the grant to use it, and the revoked ones that must be idle first.
-pub(crate) type Granted = (usize, Arc<Grant>, Vec<Arc<Grant>>);
+/// What an `open` gave.
+#[derive(Debug)]
+pub(crate) struct Granted {
+    pub(crate) volume: usize,
+    /// What policy lets the asker do.
+    pub(crate) allowed: Access,
+    pub(crate) grant: Arc<Grant>,
+    /// Revoked ones that must be idle first.
+    pub(crate) earlier: Vec<Arc<Grant>>,
+}
 
 impl Agent {
-    fn new(config: &Config) -> Result<Self, Error> {
+    fn new(config: &Config, policy: Policy) -> Result<Self, Error> {
         let limits = Limits {
             requests: config.limits.requests,
             bytes: config.limits.memory.0,
@@ -76,6 +86,7 @@ impl Agent {
         };
         Ok(Self {
             volumes: config.volume.iter().cloned().map(Volume::new).collect(),
+            policy,
             leases: Mutex::new(Table::load(&config.state_folder(), config.lease_ttl.0)?),
             sessions: Sessions::new(&config.agent_name(), limits),
             stopping: AtomicBool::new(false),
@@ -90,7 +101,8 @@ impl Agent {
     }
 
     /// Gives a lease; `None`: there is no such volume.
-    pub(crate) fn acquire(&self, asked: &Acquire) -> Result<u64, Option<Refused>> {
+    pub(crate) fn acquire(&self, asker: &Asker, asked: &Acquire) -> Result<u64, Option<Refused>> {
+        self.permit(asker, &asked.volume)?;
         let volume = self.volumes.iter().find(|v| v.config.name == asked.volume).ok_or(None)?;
         let mut leases = lock(&self.leases);
         if volume.config.read_only {
@@ -102,11 +114,12 @@ impl Agent {
         }
         let before = leases.get(&asked.volume).map(|record| record.epoch);
         let activity = self.activity(volume, leases.ttl());
-        let epoch = leases.acquire(asked, activity)?;
+        let epoch = leases.acquire(asked, asker.node(), activity)?;
         if before != Some(epoch) {
             // Under the table's lock, so that no older lease is opened in between.
             volume.revoke();
-            tracing::info!(volume = %asked.volume, holder = %asked.name, epoch, "A lease was given");
+            let (volume, holder, to) = (&asked.volume, &asked.name, asker);
+            tracing::info!(%volume, %holder, %to, epoch, "A lease was given");
         }
         volume.heard();
         Ok(epoch)
@@ -144,32 +157,40 @@ impl Agent {
         true
     }
 
-    /// The volume of a lease that is current.
-    pub(crate) fn check(&self, lease: Lease) -> Result<usize, Refused> {
-        self.check_in(&lock(&self.leases), lease)
+    /// What policy lets `asker` do with a volume of this name.
+    fn permit(&self, asker: &Asker, volume: &str) -> Result<Access, Refused> {
+        let access = self.policy.access(asker, volume);
+        access.ok_or_else(|| Refused::Forbidden(self.policy.refusal(asker, volume)))
     }
 
-    fn check_in(&self, leases: &Table, lease: Lease) -> Result<usize, Refused> {
+    /// The volume of a lease that is current and `asker`'s, and what may be done with it.
+    pub(crate) fn check(&self, asker: &Asker, lease: Lease) -> Result<(usize, Access), Refused> {
+        self.check_in(&lock(&self.leases), asker, lease)
+    }
+
+    fn check_in(&self, leases: &Table, asker: &Asker, lease: Lease) -> Result<(usize, Access), Refused> {
         let read_only = |name: &str| self.volumes.iter().any(|v| v.config.name == name && v.config.read_only);
-        let name = leases.check(lease, read_only)?;
+        let name = leases.check(lease, asker.node(), read_only)?;
+        // A lease outlives the agent, and its policy may be another one since.
+        let access = self.permit(asker, name)?;
         let gone = || Refused::Fenced(format!("the agent serves no volume {name} any more"));
-        self.volumes.iter().position(|v| v.config.name == name).ok_or_else(gone)
+        Ok((self.volumes.iter().position(|v| v.config.name == name).ok_or_else(gone)?, access))
     }
 
-    /// Grants the volume of `lease` to `session`, see [`Volume::grant`]. Under the table's lock, so that a
-    /// lease that is over by now revokes nothing of the new holder's.
-    pub(crate) fn grant(&self, lease: Lease, session: u128) -> Result<Granted, Refused> {
+    /// Grants the volume of `lease` to a session of `asker`, see [`Volume::grant`]. Under the table's lock, so
+    /// that a lease that is over by now revokes nothing of the new holder's.
+    pub(crate) fn grant(&self, asker: &Asker, lease: Lease, session: u128) -> Result<Granted, Refused> {
         let leases = lock(&self.leases);
-        let index = self.check_in(&leases, lease)?;
+        let (index, allowed) = self.check_in(&leases, asker, lease)?;
         let volume = &self.volumes[index];
-        let (grant, earlier) = volume.grant(lease.epoch, session);
+        let (grant, earlier) = volume.grant(lease.epoch, user(asker, session));
         volume.heard();
-        Ok((index, grant, earlier))
+        Ok(Granted { volume: index, allowed, grant, earlier })
     }
 
-    pub(crate) fn release(&self, lease: Lease) -> Result<(), Refused> {
+    pub(crate) fn release(&self, asker: &Asker, lease: Lease) -> Result<(), Refused> {
         let mut leases = lock(&self.leases);
-        let Some(name) = leases.release(lease)? else { return Ok(()) };
+        let Some(name) = leases.release(lease, asker.node())? else { return Ok(()) };
         if let Some(volume) = self.volumes.iter().find(|v| v.config.name == name) {
             volume.revoke();
         }
@@ -177,9 +198,17 @@ impl Agent {
         Ok(())
     }
 
-    /// What `session` was granted under `epoch` on an earlier connection.
-    pub(crate) fn granted(&self, epoch: u64, session: u128) -> Option<(usize, Arc<Grant>)> {
-        self.volumes.iter().enumerate().find_map(|(index, v)| Some((index, v.granted(epoch, session)?)))
+    /// What a session of `asker` was granted under `epoch` on an earlier connection.
+    ///
+    /// # Errors
+    /// Nothing, or policy does not allow it: the epoch of a volume that anybody may read is easily guessed.
+    pub(crate) fn granted(&self, asker: &Asker, epoch: u64, session: u128) -> Result<Granted, Refused> {
+        let user = user(asker, session);
+        let find = |(index, v): (usize, &Volume)| Some((index, v.granted(epoch, &user)?));
+        let found = self.volumes.iter().enumerate().find_map(find);
+        let (volume, grant) = found.ok_or_else(|| self.fenced(epoch))?;
+        let allowed = self.permit(asker, &self.volumes[volume].config.name)?;
+        Ok(Granted { volume, allowed, grant, earlier: Vec::new() })
     }
 
     /// Why nothing may be done under `epoch`.
@@ -192,11 +221,13 @@ impl Agent {
         Refused::Fenced(why)
     }
 
-    pub(crate) fn volumes_json(&self) -> Vec<u8> {
+    /// The volumes that `asker` may know of.
+    pub(crate) fn volumes_json(&self, asker: &Asker) -> Vec<u8> {
         let leases = lock(&self.leases);
         let list: Vec<protocol::Volume> = self
             .volumes
             .iter()
+            .filter(|volume| self.policy.shows(asker, &volume.config.name))
             .map(|volume| {
                 let name = volume.config.name.clone();
                 let record = leases.get(&name);
@@ -205,7 +236,7 @@ impl Agent {
                     size: image.as_ref().map(|i| i.geometry().size),
                     read_only: volume.config.read_only,
                     direct: image.is_some_and(|i| i.is_direct()),
-                    holder: record.and_then(|r| r.holder.as_ref()).map(|h| h.name.clone()),
+                    holder: record.and_then(|r| r.holder.as_ref()).map(ToString::to_string),
                     epoch: record.map(|r| r.epoch),
                     problem: volume.problem(),
                     name,
@@ -258,6 +289,10 @@ impl Agent {
     }
 }
 
+fn user(asker: &Asker, session: u128) -> User {
+    User { session, node: asker.node().map(str::to_owned) }
+}
+
 /// The signals that stop the agent, as something to poll.
 fn stop_signals() -> io::Result<UnixStream> {
     let (ours, theirs) = UnixStream::pair()?;
@@ -274,15 +309,9 @@ fn stop_signals() -> io::Result<UnixStream> {
 pub fn run(config: &Config) -> Result<(), Error> {
     let failed = |what| move |source| Error::System { what, source };
     let address = config.address();
-    if !address.ip().is_loopback() {
-        tracing::warn!(
-            %address,
-            "INSECURE: whoever reaches this address can read and write every volume; connections are neither \
-             encrypted nor authenticated yet"
-        );
-    }
+    let policy = protection(config)?;
     let stop = stop_signals().map_err(failed("Cannot catch signals"))?;
-    let agent = Arc::new(Agent::new(config)?);
+    let agent = Arc::new(Agent::new(config, policy)?);
     agent.open_volumes();
     agent.tick(config.lease_ttl.0);
     let listener = TcpListener::bind(address).map_err(|source| Error::Listen { address, source })?;
@@ -297,6 +326,28 @@ pub fn run(config: &Config) -> Result<(), Error> {
     wind_up(&agent, config.stop_timeout.0);
     Ok(())
 }
+
+/// What keeps strangers out, and the policy for everybody else.
+///
+/// # Errors
+/// Strangers could use the volumes, or nobody whom the policy names could prove it.
+pub(crate) fn protection(config: &Config) -> Result<Policy, Error> {
+    let address = config.address();
+    if !config.allow.is_empty() {
+        return Err(Error::Unproven { identity: config.identity_folder() });
+    }
+    if !address.ip().is_loopback() && !config.insecure {
+        return Err(Error::Unprotected { address, identity: config.identity_folder() });
+    }
+    if !address.ip().is_loopback() {
+        tracing::warn!(%address, "INSECURE: {INSECURE}");
+    }
+    Ok(Policy::new(&config.allow, None))
+}
+
+/// What `insecure = true` means.
+pub const INSECURE: &str = "whoever reaches this address can read and write every volume, and whoever can listen on \
+                            the network sees what is in them; connections are plain TCP";
 
 /// Tells systemd, where the agent runs under it.
 fn notify(states: &[NotifyState<'_>]) {
@@ -428,6 +479,8 @@ mod tests {
     use super::*;
     use crate::config::{DirectIo, Volume as Configured};
 
+    const PLAIN: Asker = Asker::Unproven;
+
     fn agent(ttl: Duration) -> (tempfile::TempDir, Agent) {
         let folder = tempfile::tempdir().expect("a folder");
         let volume = |name: &str, read_only| Configured {
@@ -443,7 +496,7 @@ mod tests {
             volume: vec![volume("v", false), volume("r", true)],
             ..Config::default()
         };
-        let agent = Agent::new(&config).expect("it starts");
+        let agent = Agent::new(&config, Policy::new(&config.allow, None)).expect("it starts");
         (folder, agent)
     }
 
@@ -454,12 +507,12 @@ mod tests {
     #[test]
     fn an_open_whose_lease_is_over_revokes_nothing_of_the_new_holders() {
         let (_folder, agent) = agent(Duration::from_secs(10));
-        let old = Lease { epoch: agent.acquire(&ask("v", 1)).expect("free"), holder: 1 };
-        assert!(agent.check(old).is_ok(), "its open begins");
-        agent.release(old).expect("released");
-        let new = Lease { epoch: agent.acquire(&ask("v", 2)).expect("free"), holder: 2 };
-        let (_, grant, _) = agent.grant(new, 2).expect("current");
-        assert!(matches!(agent.grant(old, 1), Err(Refused::Fenced(_))));
+        let old = Lease { epoch: agent.acquire(&PLAIN, &ask("v", 1)).expect("free"), holder: 1 };
+        assert!(agent.check(&PLAIN, old).is_ok(), "its open begins");
+        agent.release(&PLAIN, old).expect("released");
+        let new = Lease { epoch: agent.acquire(&PLAIN, &ask("v", 2)).expect("free"), holder: 2 };
+        let Granted { grant, .. } = agent.grant(&PLAIN, new, 2).expect("current");
+        assert!(matches!(agent.grant(&PLAIN, old, 1), Err(Refused::Fenced(_))));
         assert!(grant.enter(), "the new holder goes on");
     }
 
@@ -467,17 +520,17 @@ mod tests {
     fn a_lease_expires_only_while_the_agent_does_not_stand_still() {
         let ttl = Duration::from_millis(600);
         let (_folder, agent) = agent(ttl);
-        agent.acquire(&ask("v", 1)).expect("free");
+        agent.acquire(&PLAIN, &ask("v", 1)).expect("free");
         for _ in 0..2 {
             thread::sleep(ttl + Duration::from_millis(50));
             // The first time the asker notices it, the second time the accepting loop.
-            let refused = agent.acquire(&ask("v", 2));
+            let refused = agent.acquire(&PLAIN, &ask("v", 2));
             assert!(matches!(refused, Err(Some(Refused::Leased { .. }))), "{refused:?}");
             thread::sleep(ttl + Duration::from_millis(50));
             agent.tick(ttl);
         }
         let until = Instant::now() + Duration::from_secs(30);
-        while agent.acquire(&ask("v", 2)).is_err() {
+        while agent.acquire(&PLAIN, &ask("v", 2)).is_err() {
             assert!(Instant::now() < until, "it never expires");
             thread::sleep(ttl / 12);
             agent.tick(ttl);
@@ -487,12 +540,12 @@ mod tests {
     #[test]
     fn only_a_volume_that_is_read_only_opens_without_a_holder() {
         let (_folder, agent) = agent(Duration::from_secs(10));
-        let lease = Lease { epoch: agent.acquire(&ask("v", 1)).expect("free"), holder: 1 };
-        agent.release(lease).expect("released");
+        let lease = Lease { epoch: agent.acquire(&PLAIN, &ask("v", 1)).expect("free"), holder: 1 };
+        agent.release(&PLAIN, lease).expect("released");
         for epoch in 0..lease.epoch + 5 {
-            assert!(agent.grant(Lease { epoch, holder: 7 }, 7).is_err(), "epoch {epoch}");
+            assert!(agent.grant(&PLAIN, Lease { epoch, holder: 7 }, 7).is_err(), "epoch {epoch}");
         }
-        let epoch = agent.acquire(&ask("r", 1)).expect("shared");
-        agent.grant(Lease { epoch, holder: 7 }, 7).expect("anybody reads it");
+        let epoch = agent.acquire(&PLAIN, &ask("r", 1)).expect("shared");
+        agent.grant(&PLAIN, Lease { epoch, holder: 7 }, 7).expect("anybody reads it");
     }
 }

@@ -17,6 +17,15 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Whose a grant is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct User {
+    /// The session.
+    pub session: u128,
+    /// The node whose session it is, where nodes are proven.
+    pub node: Option<String>,
+}
+
 /// One session's right to use a volume, until it is revoked.
 ///
 /// A request counts itself in, then looks whether the grant was revoked; who revokes it sets that, then
@@ -25,8 +34,8 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 pub struct Grant {
     /// The lease that it stands on.
     pub epoch: u64,
-    /// The session that may use it; `None`: any, since nobody writes.
-    pub session: Option<u128>,
+    /// Who may use it; `None`: any, since nobody writes.
+    pub user: Option<User>,
     revoked: AtomicBool,
     in_flight: AtomicUsize,
     connections: AtomicUsize,
@@ -35,10 +44,10 @@ pub struct Grant {
 impl Grant {
     /// A grant of `epoch` to a session.
     #[must_use]
-    pub fn new(epoch: u64, session: Option<u128>) -> Arc<Self> {
+    pub fn new(epoch: u64, user: Option<User>) -> Arc<Self> {
         Arc::new(Self {
             epoch,
-            session,
+            user,
             revoked: AtomicBool::new(false),
             in_flight: AtomicUsize::new(0),
             connections: AtomicUsize::new(0),
@@ -148,10 +157,10 @@ impl Volume {
         lock(&self.problem).clone()
     }
 
-    /// Grants the volume to `session` under `epoch` and revokes what was granted before. Also returns every
+    /// Grants the volume to `user` under `epoch` and revokes what was granted before. Also returns every
     /// revoked grant that must be idle before the new one is used, not just the last: that one may itself
     /// have been waiting, unused.
-    pub fn grant(&self, epoch: u64, session: u128) -> (Arc<Grant>, Vec<Arc<Grant>>) {
+    pub fn grant(&self, epoch: u64, user: User) -> (Arc<Grant>, Vec<Arc<Grant>>) {
         let mut granted = lock(&self.granted);
         let Granted { current, draining } = &mut *granted;
         if self.config.read_only {
@@ -162,7 +171,7 @@ impl Volume {
             *current = Some(Arc::clone(&grant));
             return (grant, Vec::new());
         }
-        let grant = Grant::new(epoch, Some(session));
+        let grant = Grant::new(epoch, Some(user));
         if let Some(old) = current.replace(Arc::clone(&grant)) {
             old.revoke();
             draining.push(old);
@@ -179,11 +188,11 @@ impl Volume {
         }
     }
 
-    /// The grant that `session` has under `epoch`, for a session that goes on over a new connection.
+    /// The grant that `user` has under `epoch`, for a session that goes on over a new connection.
     #[must_use]
-    pub fn granted(&self, epoch: u64, session: u128) -> Option<Arc<Grant>> {
+    pub fn granted(&self, epoch: u64, user: &User) -> Option<Arc<Grant>> {
         let granted = lock(&self.granted);
-        let fits = |g: &&Arc<Grant>| g.epoch == epoch && g.session.is_none_or(|s| s == session);
+        let fits = |g: &&Arc<Grant>| g.epoch == epoch && g.user.as_ref().is_none_or(|u| u == user);
         granted.current.as_ref().filter(fits).cloned()
     }
 
@@ -242,9 +251,13 @@ fn create(volume: &config::Volume, size: u64) -> io::Result<()> {
 mod tests {
     use super::*;
 
+    fn user(session: u128) -> User {
+        User { session, node: Some("desk".into()) }
+    }
+
     #[test]
     fn nothing_begins_under_a_grant_that_was_revoked_and_idle() {
-        let grant = Grant::new(1, Some(1));
+        let grant = Grant::new(1, Some(user(1)));
         let worker = Arc::clone(&grant);
         let busy = std::thread::spawn(move || {
             let mut begun = 0u64;
@@ -263,6 +276,17 @@ mod tests {
         assert!(!grant.enter() && grant.is_idle());
     }
 
+    #[test]
+    fn a_grant_is_one_nodes_even_if_another_names_the_same_session() {
+        let volume = Volume::new(configured("unused".into()));
+        let (_grant, _) = volume.grant(1, user(1));
+        assert!(volume.granted(1, &user(1)).is_some());
+        for node in [None, Some("shed".to_owned())] {
+            assert!(volume.granted(1, &User { session: 1, node }).is_none());
+        }
+        assert!(volume.granted(1, &user(2)).is_none() && volume.granted(2, &user(1)).is_none());
+    }
+
     fn configured(path: std::path::PathBuf) -> config::Volume {
         config::Volume {
             name: "a".into(),
@@ -276,19 +300,19 @@ mod tests {
     #[test]
     fn a_new_grant_waits_for_all_earlier_ones_however_many_unused_ones_lie_between() {
         let volume = Volume::new(configured("unused".into()));
-        let (busy, earlier) = volume.grant(1, 1);
+        let (busy, earlier) = volume.grant(1, user(1));
         assert!(earlier.is_empty() && busy.enter());
         for session in 2..5 {
-            let (unused, earlier) = volume.grant(session as u64, session);
+            let (unused, earlier) = volume.grant(session as u64, user(session));
             assert!(earlier.iter().any(|g| !g.is_idle()), "session {session} waits");
             assert_eq!(earlier.len(), 1, "an unused grant is not kept");
             assert!(unused.is_idle() && !busy.enter());
         }
-        let (last, earlier) = volume.grant(5, 5);
+        let (last, earlier) = volume.grant(5, user(5));
         busy.exit();
         assert!(earlier.iter().all(|g| g.is_idle()) && last.enter());
         last.exit();
-        assert!(volume.grant(6, 6).1.is_empty());
+        assert!(volume.grant(6, user(6)).1.is_empty());
     }
 
     #[test]

@@ -63,6 +63,8 @@ pub mod status {
     pub const IO: Status = Status(0x0108);
     /// The agent is at its limits.
     pub const BUSY: Status = Status(0x0109);
+    /// The agent's policy does not allow it to the node that asks.
+    pub const FORBIDDEN: Status = Status(0x010A);
 }
 
 /// A body is not what its operation says.

@@ -47,6 +47,14 @@ pub enum ConnectError {
         /// What it serves.
         why: String,
     },
+    /// The agent's policy does not let this PC have the volume.
+    #[error("The agent at {agent} refuses: {why}; add an `[[allow]]` there, then restart it")]
+    Forbidden {
+        /// The address.
+        agent: String,
+        /// Who may not have what.
+        why: String,
+    },
     /// Somebody else has the volume.
     #[error("The volume {volume} on {agent} is leased: {why}")]
     Leased {
@@ -141,6 +149,7 @@ impl Meeting<'_> {
         match reply.status {
             status::NO_SUCH_VOLUME => ConnectError::NoSuchVolume { agent, volume, why },
             status::LEASED => ConnectError::Leased { agent, volume, why },
+            status::FORBIDDEN => ConnectError::Forbidden { agent, why },
             _ => ConnectError::Unfit { agent, volume, why },
         }
     }
