@@ -14,6 +14,7 @@ pub mod channel;
 mod core;
 #[doc(hidden)]
 pub mod fuzzing;
+pub mod identity;
 mod link;
 mod pool;
 pub mod ring;

@@ -1,0 +1,140 @@
+//! The identity that connections share, while it changes.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+
+use super::folder::{self, CA, CRL, KEY, NODE};
+use super::{Crl, Error, Identity, Peer};
+
+/// A handle on an identity that may be renewed and that learns what is revoked. A new connection uses
+/// [`current`](Self::current); a live one is to end when [`revokes`](Self::revokes) says so of its peer.
+#[derive(Debug)]
+pub struct Reloading {
+    current: RwLock<Arc<Identity>>,
+    store: Option<Store>,
+}
+
+/// The folder behind it.
+#[derive(Debug)]
+struct Store {
+    folder: PathBuf,
+    /// What the files were when they were read last. Held while the identity changes.
+    seen: Mutex<Option<Stamp>>,
+}
+
+/// Changes with the files: inode, size and time of each.
+type Stamp = [(u64, u64, i64, i64); 4];
+
+/// What became of a CRL that somebody sent.
+#[derive(Debug)]
+pub struct Taken {
+    /// The number of the CRL that is in force now.
+    pub number: u64,
+    /// It was newer than the one before; look at live connections.
+    pub newer: bool,
+    /// It is in force but could not be stored: a restart forgets it until somebody sends it again.
+    pub not_stored: Option<Error>,
+}
+
+impl Reloading {
+    /// Of the identity in `folder`; what it learns is stored there.
+    ///
+    /// # Errors
+    /// As [`Identity::load`].
+    pub fn load(folder: &Path) -> Result<Arc<Self>, Error> {
+        let seen = stamp(folder);
+        let current = RwLock::new(Identity::load(folder)?);
+        let store = Some(Store { folder: folder.to_owned(), seen: Mutex::new(seen) });
+        Ok(Arc::new(Self { current, store }))
+    }
+
+    /// Of `identity`. It reads and writes no file, so a confined thread may use all of it.
+    #[must_use]
+    pub fn in_memory(identity: Arc<Identity>) -> Arc<Self> {
+        Arc::new(Self { current: RwLock::new(identity), store: None })
+    }
+
+    /// The identity for the next connection.
+    #[must_use]
+    pub fn current(&self) -> Arc<Identity> {
+        Arc::clone(&self.current.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Whether `peer`'s certificate is revoked by what is known now.
+    #[must_use]
+    pub fn revokes(&self, peer: &Peer) -> bool {
+        self.current().crl().revokes(&peer.serial)
+    }
+
+    /// Takes the folder's files if they changed since they were read; `true`: the identity is another. Of the
+    /// CRLs of one authority the newest stays in force, wherever it came from.
+    ///
+    /// # Errors
+    /// As [`Identity::load`]; the identity stays as it was, and the next call tries again.
+    pub fn reload(&self) -> Result<bool, Error> {
+        let Some(store) = &self.store else { return Ok(false) };
+        let mut seen = lock(&store.seen);
+        let found = stamp(&store.folder);
+        if found.is_some() && found == *seen {
+            return Ok(false);
+        }
+        let (old, mut new) = (self.current(), Identity::load(&store.folder)?);
+        if old.authority() == new.authority() && old.crl().number() > new.crl().number() {
+            new = new.with_crl(old.crl())?;
+        }
+        *seen = found;
+        let same = old.serial() == new.serial()
+            && old.authority() == new.authority()
+            && old.crl().number() == new.crl().number();
+        self.set(new);
+        Ok(!same)
+    }
+
+    /// Takes the CRL `der`, whoever sent it, if the household's authority signed it and it is newer than the
+    /// one in force. An older one changes nothing.
+    ///
+    /// # Errors
+    /// It is damaged or another authority's; nothing changed.
+    pub fn take_crl(&self, der: &[u8]) -> Result<Taken, Error> {
+        let mut seen = self.store.as_ref().map(|store| lock(&store.seen));
+        let old = self.current();
+        let held = old.crl().number();
+        if der == old.crl().der().as_ref() {
+            return Ok(Taken { number: held, newer: false, not_stored: None });
+        }
+        let crl = Crl::verify(der, &old.parts().ca)?;
+        if crl.number() <= held {
+            return Ok(Taken { number: held, newer: false, not_stored: None });
+        }
+        self.set(old.with_crl(&crl)?);
+        let mut not_stored = None;
+        if let (Some(store), Some(seen)) = (&self.store, &mut seen) {
+            let untouched = stamp(&store.folder) == **seen;
+            not_stored = folder::write_crl(&store.folder, crl.der()).err();
+            if untouched {
+                // Our own change is no reason to read the files again.
+                **seen = stamp(&store.folder);
+            }
+        }
+        Ok(Taken { number: crl.number(), newer: true, not_stored })
+    }
+
+    fn set(&self, identity: Arc<Identity>) {
+        *self.current.write().unwrap_or_else(PoisonError::into_inner) = identity;
+    }
+}
+
+fn lock<T>(of: &Mutex<T>) -> MutexGuard<'_, T> {
+    of.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn stamp(folder: &Path) -> Option<Stamp> {
+    let mut all = Stamp::default();
+    for (slot, name) in all.iter_mut().zip([CA, NODE, KEY, CRL]) {
+        let about = fs::metadata(folder.join(name)).ok()?;
+        *slot = (about.ino(), about.size(), about.mtime(), about.mtime_nsec());
+    }
+    Some(all)
+}
