@@ -10,14 +10,18 @@
 
 pub mod blocking;
 pub mod buffer;
+mod carrier;
 pub mod channel;
 mod core;
 #[doc(hidden)]
 pub mod fuzzing;
 pub mod identity;
 mod link;
+pub mod metrics;
 mod pool;
 pub mod ring;
 pub mod server;
 mod sessions;
 pub mod wire;
+
+pub use carrier::Carrier;

@@ -8,6 +8,7 @@ mod hello;
 pub(crate) use frame::{Flags, HEADER, Header, Kind};
 pub(crate) use hello::{HELLO_MOST, Hello, PREFACE, Preface, Role};
 
+use serde::{Deserialize, Serialize};
 use smallvec::SmallVec;
 
 /// The newest version of the format that this program speaks.
@@ -26,7 +27,8 @@ pub const MAX_BODY: usize = 4096;
 pub const MAX_PAYLOAD: usize = 1 << 20;
 
 /// How urgent a request is. A lower number goes first; frames of one class keep their order.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 #[repr(u8)]
 pub enum Class {
     /// Somebody's CPU stands still until the answer is here: page faults, vCPU exits.
@@ -37,6 +39,22 @@ pub enum Class {
     Control = 2,
     /// Copies that nobody waits for.
     Bulk = 3,
+}
+
+impl Class {
+    /// All of them, the most urgent first.
+    pub const ALL: [Self; 4] = [Self::Urgent, Self::Normal, Self::Control, Self::Bulk];
+
+    /// Its name: `urgent`, `normal`, `control`, `bulk`.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Urgent => "urgent",
+            Self::Normal => "normal",
+            Self::Control => "control",
+            Self::Bulk => "bulk",
+        }
+    }
 }
 
 /// What a request was answered with. 0 is success; the values below 256 belong to the transport, the
