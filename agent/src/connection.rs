@@ -181,6 +181,9 @@ impl Worker {
                 Event::Request(request) => self.request(request),
                 // Its answer comes anyway: I/O that has begun is better finished than torn.
                 Event::Cancel { .. } => {}
+                Event::Carrier(carrier) => {
+                    tracing::info!(%carrier, peer = %self.peer, "The connection's carrier changed");
+                }
                 Event::Closed { reason } => {
                     tracing::info!(peer = %self.peer, %reason, "A peer's connection is over");
                 }

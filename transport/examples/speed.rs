@@ -111,6 +111,7 @@ fn channel(size: usize, depth: u64) -> f64 {
         dead_after: Duration::from_secs(5),
         retry_first: Duration::from_millis(10),
         retry_most: Duration::from_secs(1),
+        transport: Default::default(),
     };
     let names = Names::of(&config.address).expect("a thread");
     let mut channel = Channel::new(config, names, &mut ring);
@@ -164,7 +165,7 @@ fn channel(size: usize, depth: u64) -> f64 {
 
 fn serve(socket: TcpStream) {
     let mut ring = Ring::new(64).expect("ring");
-    let sessions = Sessions::new("speed", Limits { requests: 64, bytes: 32 << 20, sessions: 4 });
+    let sessions = Sessions::new("speed", Limits { requests: 64, bytes: 32 << 20, sessions: 4, rdma: false });
     let mut connection = Connection::new(socket, sessions, &mut ring);
     let mut events = Vec::new();
     while !connection.is_finished() {

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use crate::buffer::Buffer;
-use crate::channel::{Answer, Call, Channel, Config, Event, Names};
+use crate::channel::{Answer, Call, Channel, Config, Event, Names, Transport};
 use crate::ring::Ring;
 use crate::wire::{Body, Class, Status};
 
@@ -69,6 +69,8 @@ impl Client {
             dead_after: Duration::from_secs(5),
             retry_first: Duration::from_millis(50),
             retry_most: Duration::from_secs(1),
+            // A few small calls: not worth the setting up.
+            transport: Transport::Tcp,
         };
         let names =
             Names::of(address).map_err(|source| Error::Names { address: address.to_owned(), source })?;
@@ -137,6 +139,7 @@ impl Client {
                         self.peer = Some(peer);
                         self.channel.ready();
                     }
+                    Event::Carrier { .. } => {}
                     Event::Resumed => self.reason = "the peer is slow".to_owned(),
                     Event::Lost { reason } => self.reason = reason,
                     Event::Answer(answer) if answer.tag == tag => return Ok(answer),

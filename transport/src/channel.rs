@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use crate::buffer::Buffer;
 use crate::core::asker::{Asker, Identity};
+pub use crate::link::Carrier;
 use crate::link::Link;
 use crate::link::connect::{self, Resolver};
 use crate::link::tcp::TcpLink;
@@ -29,6 +30,21 @@ pub struct Config {
     pub retry_first: Duration,
     /// The longest pause between two attempts to connect.
     pub retry_most: Duration,
+    /// What may carry the connection.
+    pub transport: Transport,
+}
+
+/// What may carry a connection. It always begins over TCP (with TLS where that is asked for); RDMA is agreed
+/// on there and takes over when it has proved to work.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Transport {
+    /// RDMA where both PCs have it, else TCP.
+    #[default]
+    Auto,
+    /// As [`Auto`](Self::Auto), but [`Event::Carrier`] says each time why TCP has to stand in.
+    Rdma,
+    /// TCP only: for a link whose payloads must be encrypted.
+    Tcp,
 }
 
 /// One request.
@@ -91,6 +107,13 @@ pub enum Event {
     },
     /// The earlier session goes on over a new connection; what was in flight was sent again.
     Resumed,
+    /// Something else carries the connection from now on, or (`Tcp`, with the reason) RDMA could not be had.
+    Carrier {
+        /// What carries it.
+        carrier: Carrier,
+        /// Why it is not RDMA; empty if it is, or if nobody asked.
+        why: String,
+    },
     /// The connection is gone; the channel tries again by itself.
     Lost {
         /// Why, for people.

@@ -9,6 +9,7 @@ use nix::sys::eventfd::EventFd;
 
 use crate::buffer::Buffer;
 use crate::core::answerer::Answerer;
+pub use crate::link::Carrier;
 use crate::link::Link;
 use crate::link::connect::eventfd;
 use crate::link::tcp::TcpLink;
@@ -27,11 +28,13 @@ pub struct Limits {
     pub bytes: u64,
     /// Sessions at once, with those kept for peers that may come back.
     pub sessions: usize,
+    /// Whether peers may move to RDMA, whose payloads are not encrypted.
+    pub rdma: bool,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { requests: 256, bytes: 16 << 20, sessions: 256 }
+        Self { requests: 256, bytes: 16 << 20, sessions: 256, rdma: true }
     }
 }
 
@@ -64,6 +67,8 @@ pub enum Event {
         /// Whether the session went on from an earlier connection, whose requests are all finished.
         resumed: bool,
     },
+    /// Something else carries the connection from now on.
+    Carrier(Carrier),
     /// A request to carry out; never one of `once` that was carried out before.
     Request(Request),
     /// The peer no longer waits for the answer to this request. It must still be answered, perhaps early

@@ -85,6 +85,7 @@ impl Sessions {
             requests: limits.requests.max(4),
             bytes: limits.bytes.max(4 * MAX_PAYLOAD as u64),
             sessions: limits.sessions.max(1),
+            rdma: limits.rdma,
         };
         Arc::new(Self {
             identity: Identity::of_this_process(name),

@@ -153,6 +153,7 @@ impl Peer {
             dead_after: Duration::from_secs(10),
             retry_first: Duration::from_millis(10),
             retry_most: Duration::from_secs(1),
+            transport: Default::default(),
         };
         let names = Names::of(&config.address)?;
         let channel = Channel::new(config, names, &mut ring);

@@ -10,7 +10,9 @@ use crate::core::stream::{Head, Outgoing, Peer, Place};
 use crate::pool::Pool;
 use crate::server::{Event, Request};
 use crate::sessions::{Claim, Claimant, Records, Sessions};
-use crate::wire::{Body, Class, Fault, Flags, Header, Hello, Kind, MAX_BODY, Role, Status, printable};
+use crate::wire::{
+    Body, Class, Fault, Flags, Header, Hello, Kind, MAX_BODY, Role, Status, VERSION, printable,
+};
 
 /// How long a peer may take for its hello.
 const HELLO_WITHIN: Duration = Duration::from_secs(10);
@@ -57,6 +59,8 @@ pub(crate) struct Answerer {
     claimant: Claimant,
     phase: Phase,
     hello: Option<Hello>,
+    /// What both sides speak.
+    version: u16,
     /// Whether the session is ours to hand back.
     holds: bool,
     in_flight: HashMap<u64, InFlight>,
@@ -88,6 +92,7 @@ impl Answerer {
             claimant,
             phase: Phase::Greeting,
             hello: None,
+            version: VERSION,
             holds: false,
             in_flight: HashMap::new(),
             once_in_flight: 0,
@@ -146,7 +151,7 @@ impl Answerer {
         if refusal.is_some() {
             ours.requests = 0;
         }
-        let head = Head::from_vec(ours.encode());
+        let head = Head::from_vec(ours.encode(self.version));
         self.greeting.push_back(Outgoing { head, payload: Buffer::empty(), id: 0, cost: 0 });
         refusal.map_or(Ok(()), Err)
     }
@@ -345,6 +350,10 @@ impl Answerer {
 }
 
 impl Peer for Answerer {
+    fn version(&mut self, version: u16) {
+        self.version = version;
+    }
+
     fn hello(&mut self, hello: &[u8]) -> Result<(), Fault> {
         let hello = Hello::decode(hello)?;
         if hello.role != Role::Asking {
@@ -385,6 +394,9 @@ impl Peer for Answerer {
                 self.farewell = Some(printable(body));
             }
             Kind::Reply => return Err(Fault::Protocol("a reply from the asking side")),
+            Kind::Offer | Kind::Accept | Kind::Switch => {
+                return Err(Fault::Protocol("RDMA without an offer"));
+            }
         }
         Ok(Place::Discard)
     }
@@ -449,7 +461,7 @@ mod tests {
 
     /// A connection that waits for the session of one that is cut and has request 1 in flight.
     fn waiting(now: Instant) -> (Answerer, Answerer) {
-        let limits = Limits { requests: 4, bytes: 1 << 20, sessions: 2 };
+        let limits = Limits { requests: 4, bytes: 1 << 20, sessions: 2, rdma: false };
         let sessions = Sessions::new("test", limits);
         let hello = Hello {
             role: Role::Asking,
@@ -465,7 +477,7 @@ mod tests {
             name: "peer".into(),
         };
         // The stream reads the preface.
-        let hello = hello.encode().split_off(PREFACE);
+        let hello = hello.encode(VERSION).split_off(PREFACE);
         let (mut first, mut second) = (answerer(&sessions, now), answerer(&sessions, now));
         first.hello(&hello).expect("it is served");
         let request = Header { id: 1, ..Header::new(Kind::Request) };

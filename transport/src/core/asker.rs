@@ -8,7 +8,8 @@ use crate::channel::{Answer, Call, Event};
 use crate::core::stream::{Head, Outgoing, Peer, Place};
 use crate::core::table::{Pending, Table};
 use crate::wire::{
-    Body, Class, Fault, Flags, Header, Hello, Kind, MAX_BODY, MAX_PAYLOAD, Preface, Role, Status, printable,
+    Body, Class, Fault, Flags, Header, Hello, Kind, MAX_BODY, MAX_PAYLOAD, Preface, Role, Status, VERSION,
+    printable,
 };
 
 /// Who a side is.
@@ -341,7 +342,7 @@ impl Asker {
             boot: self.identity.boot,
             name: self.identity.name.clone(),
         };
-        Outgoing { head: Head::from_vec(hello.encode()), payload: Buffer::empty(), id: 0, cost: 0 }
+        Outgoing { head: Head::from_vec(hello.encode(VERSION)), payload: Buffer::empty(), id: 0, cost: 0 }
     }
 
     fn control(&self, mut header: Header, body: &[u8]) -> Outgoing {
@@ -426,6 +427,8 @@ impl Peer for Asker {
         self.opened(Hello::decode(hello)?)
     }
 
+    fn version(&mut self, _version: u16) {}
+
     fn other_version(&mut self) {}
 
     fn begin(&mut self, header: &Header, body: &[u8]) -> Result<Place, Fault> {
@@ -442,6 +445,9 @@ impl Peer for Asker {
                 return Ok(Place::Discard);
             }
             Kind::Request | Kind::Cancel => return Err(Fault::Protocol("a request from the answering side")),
+            Kind::Offer | Kind::Accept | Kind::Switch => {
+                return Err(Fault::Protocol("RDMA without an offer"));
+            }
         }
         let pending = self.table.find(header.id).and_then(|slot| self.table.get(slot));
         let Some(pending) = pending.filter(|pending| pending.sent) else {

@@ -6,7 +6,7 @@ use std::collections::VecDeque;
 use smallvec::SmallVec;
 
 use crate::buffer::Buffer;
-use crate::wire::{Fault, HEADER, HELLO_MOST, Header, PREFACE, Preface};
+use crate::wire::{Fault, HEADER, HELLO_MOST, Header, OLDEST_VERSION, PREFACE, Preface};
 
 /// Bytes taken from the queues ahead of the network. What is ahead goes out before anything more urgent.
 pub(crate) const AHEAD: usize = 256 << 10;
@@ -50,6 +50,8 @@ pub(crate) enum Place {
 
 /// One side of the protocol, as a link sees it.
 pub(crate) trait Peer {
+    /// The other side's preface came: the newest version that both speak.
+    fn version(&mut self, version: u16);
     /// The other side's hello came (what follows the preface).
     fn hello(&mut self, hello: &[u8]) -> Result<(), Fault>;
     /// The other side speaks no version that we do.
@@ -71,6 +73,7 @@ pub(crate) struct Decoder {
     place: Place,
     filled: usize,
     len: usize,
+    version: u16,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -84,7 +87,14 @@ enum Stage {
 impl Decoder {
     /// At the start of a connection: the first bytes are a hello.
     pub(crate) fn new() -> Self {
-        Self { stage: Stage::Preface, partial: SmallVec::new(), place: Place::Discard, filled: 0, len: 0 }
+        Self {
+            stage: Stage::Preface,
+            partial: SmallVec::new(),
+            place: Place::Discard,
+            filled: 0,
+            len: 0,
+            version: OLDEST_VERSION,
+        }
     }
 
     /// Takes all of `bytes`.
@@ -134,6 +144,8 @@ impl Decoder {
                         peer.other_version();
                     }
                 })?;
+                self.version = preface.common();
+                peer.version(self.version);
                 self.stage = Stage::Hello;
                 self.len = usize::from(preface.len).min(HELLO_MOST);
                 if self.len == 0 {
@@ -147,6 +159,9 @@ impl Decoder {
             Stage::Head | Stage::Payload => {
                 let Some((head, body)) = whole.split_first_chunk::<HEADER>() else { return Ok(0) };
                 let header = Header::decode(head)?;
+                if header.kind.since() > self.version {
+                    return Err(Fault::Protocol("a frame of a version that was not agreed on"));
+                }
                 self.place = peer.begin(&header, body)?;
                 (self.len, self.filled) = (header.payload_len as usize, 0);
                 if let Place::Buffer(buffer) = &self.place {

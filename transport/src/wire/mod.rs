@@ -4,6 +4,8 @@ mod frame;
 #[cfg(test)]
 mod golden_test;
 mod hello;
+#[allow(dead_code)]
+pub(crate) mod rdma;
 
 pub(crate) use frame::{Flags, HEADER, Header, Kind};
 pub(crate) use hello::{HELLO_MOST, Hello, PREFACE, Preface, Role};
@@ -11,8 +13,11 @@ pub(crate) use hello::{HELLO_MOST, Hello, PREFACE, Preface, Role};
 use serde::{Deserialize, Serialize};
 use smallvec::SmallVec;
 
+/// The first version in which a connection may move to RDMA.
+pub(crate) const RDMA_SINCE: u16 = 2;
+
 /// The newest version of the format that this program speaks.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 
 /// The oldest version of the format that this program speaks.
 pub const OLDEST_VERSION: u16 = 1;

@@ -149,7 +149,7 @@ fn serve(
         }
         for event in events.drain(..) {
             match event {
-                server::Event::Opened { .. } | server::Event::Cancel { .. } => {}
+                server::Event::Opened { .. } | server::Event::Carrier(_) | server::Event::Cancel { .. } => {}
                 server::Event::Closed { reason } => {
                     closed.lock().unwrap().push(reason);
                     over = true;
@@ -213,6 +213,7 @@ impl Client {
             dead_after,
             retry_first: Duration::from_millis(2),
             retry_most: Duration::from_millis(50),
+            transport: Default::default(),
         };
         let names = Names::of(address).expect("a thread");
         let channel = Channel::new(config, names, &mut ring);
@@ -240,6 +241,7 @@ impl Client {
                     }
                 }
                 Event::Resumed => self.resumed += 1,
+                Event::Carrier { .. } => {}
                 Event::Lost { reason } => self.lost.push(reason),
                 Event::Answer(answer) => {
                     self.answers.push(answer);

@@ -199,7 +199,16 @@ impl Core {
                     self.back(now);
                 }
             }
+            Event::Carrier { carrier, why } => {
+                self.counters.carried_by(carrier);
+                if why.is_empty() {
+                    tracing::info!(disk = %self.place(), %carrier, "The connection's carrier changed");
+                } else {
+                    tracing::warn!(disk = %self.place(), %carrier, %why, "RDMA cannot be had for now");
+                }
+            }
             Event::Lost { reason } => {
+                self.counters.over_rdma.store(false, Ordering::Relaxed);
                 if self.away_since.is_none() {
                     Counters::add(&self.counters.cuts);
                     tracing::info!(disk = %self.place(), %reason, "The connection was lost; requests wait");

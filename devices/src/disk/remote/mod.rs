@@ -16,7 +16,7 @@ mod model_test;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use transport::channel::{Call, Channel, Config, Event, Names};
+use transport::channel::{Call, Channel, Config, Event, Names, Transport};
 use transport::ring::{Completion, Ring};
 use transport::wire::Class;
 
@@ -58,6 +58,8 @@ pub struct Options {
     pub log_bytes: u64,
     /// A connection that carried nothing for this long, though pinged, is dead.
     pub dead_after: Duration,
+    /// What may carry the connection.
+    pub transport: Transport,
 }
 
 impl Options {
@@ -78,6 +80,7 @@ impl Options {
             on_timeout: OnTimeout::Wait,
             log_bytes: 32 << 20,
             dead_after: Duration::from_secs(5),
+            transport: Transport::Auto,
         })
     }
 
@@ -88,6 +91,7 @@ impl Options {
             dead_after: self.dead_after,
             retry_first: Duration::from_millis(20),
             retry_most: Duration::from_secs(1),
+            transport: self.transport,
         }
     }
 }
@@ -250,7 +254,7 @@ fn give_back(channel: &mut Channel, ring: &mut Ring, lease: Lease) {
         let is_end = |event: &Event| match event {
             Event::Answer(answer) => answer.tag == Tag::Release.number(),
             Event::Lost { .. } => true,
-            Event::Opened { .. } | Event::Resumed => false,
+            Event::Opened { .. } | Event::Resumed | Event::Carrier { .. } => false,
         };
         if events.drain(..).any(|event| is_end(&event)) || now >= until {
             break;
