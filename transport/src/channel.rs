@@ -13,6 +13,7 @@ pub use crate::link::Carrier;
 use crate::link::Link;
 use crate::link::connect::{self, Resolver};
 use crate::link::tcp::TcpLink;
+use crate::metrics::Recorder;
 use crate::ring::{Completion, Ring, Source};
 use crate::sessions::random;
 use crate::wire::{Body, Class, Fault, Status};
@@ -211,10 +212,17 @@ impl Channel {
         }
     }
 
+    /// Has what happens from here on counted by `recorder`; to be called before the first
+    /// [`submit`](Self::submit).
+    pub fn record(&mut self, recorder: Recorder) {
+        self.core.recorder = Some(recorder);
+    }
+
     /// Takes `call`; it goes out at the next [`tick`](Self::tick) when credits, class and connection
     /// allow. Never blocks. A call that breaks a limit of [`Call`] is answered with
     /// [`Status::MALFORMED`] at the next tick.
     pub fn submit(&mut self, call: Call) {
+        self.core.at(Instant::now());
         self.core.submit(call);
     }
 
@@ -228,6 +236,7 @@ impl Channel {
             _ if token == BELL => self.bell_polled = false,
             State::Connecting { done, .. } if token == self.generation << 1 | 1 => *done = true,
             State::Linked(link) if self.fault.is_none() => {
+                self.core.at(Instant::now());
                 match link.completed(token, completion.result, &mut self.core) {
                     Ok(heard) => self.heard |= heard,
                     Err(fault) => self.fault = Some(fault),
@@ -248,6 +257,12 @@ impl Channel {
     /// Sends what is ready, does what is due (connecting, pings, deadlines) and returns when it wants to
     /// be called next at the latest. Call it before every wait of the ring.
     pub fn tick(&mut self, ring: &mut Ring, now: Instant, events: &mut Vec<Event>) -> Option<Instant> {
+        self.core.at(now);
+        let carrier = match &self.state {
+            State::Linked(link) => Some(link.carrier()),
+            _ => None,
+        };
+        self.core.count(carrier);
         if std::mem::take(&mut self.heard) {
             self.doubtful = false;
             self.core.heard(now);
@@ -401,7 +416,11 @@ impl Channel {
         }
         let said = self.core.farewell().map(Fault::Goodbye);
         self.core.disconnected();
-        events.push(Event::Lost { reason: said.as_ref().unwrap_or(fault).to_string() });
+        let reason = said.as_ref().unwrap_or(fault).to_string();
+        if let Some(recorder) = &mut self.core.recorder {
+            recorder.lost(&reason);
+        }
+        events.push(Event::Lost { reason });
     }
 
     /// Opens a channel that was [closed](Self::close) again, with a new session. Its names are
@@ -409,7 +428,9 @@ impl Channel {
     pub fn reopen(&mut self) {
         if matches!(self.state, State::Closed) {
             let now = Instant::now();
+            let recorder = self.core.recorder.take();
             self.core = new_session(&self.config, now);
+            self.core.recorder = recorder;
             self.state = State::Idle(now);
             self.pause = self.config.retry_first;
             (self.heard, self.doubtful, self.fault) = (false, false, None);
@@ -427,6 +448,9 @@ impl Channel {
     pub fn close(&mut self, ring: &mut Ring) -> Vec<Call> {
         let open = self.core.is_open();
         let calls = self.core.close();
+        if let Some(recorder) = &mut self.core.recorder {
+            recorder.closed();
+        }
         match std::mem::replace(&mut self.state, State::Closed) {
             State::Linked(mut link) => {
                 if open {

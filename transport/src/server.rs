@@ -13,6 +13,7 @@ pub use crate::link::Carrier;
 use crate::link::Link;
 use crate::link::connect::eventfd;
 use crate::link::tcp::TcpLink;
+use crate::metrics::Recorder;
 use crate::ring::{Completion, Ring, Source};
 use crate::sessions::Claimant;
 use crate::wire::{Body, Class, Fault, Status};
@@ -53,6 +54,9 @@ pub struct Request {
     pub payload: Buffer,
     /// How many payload bytes the peer expects back at most.
     pub answer_len: usize,
+    /// Follows the request through the logs of both sides: what is logged within it carries the request's
+    /// name (`docs/metrics.md`). Disabled, and so free, unless such a log is wanted.
+    pub span: tracing::Span,
 }
 
 /// What happened on a connection.
@@ -148,11 +152,18 @@ impl Connection {
         }
     }
 
+    /// Has what happens from here on counted by `recorder`; to be called before the first
+    /// [`tick`](Self::tick).
+    pub fn record(&mut self, recorder: Recorder) {
+        self.core.recorder = Some(recorder);
+    }
+
     /// Looks at a completion of the ring. `false`: it is not this connection's.
     pub fn complete(&mut self, _ring: &mut Ring, completion: Completion, events: &mut Vec<Event>) -> bool {
         if completion.token.source() != self.source {
             return false;
         }
+        self.core.at(Instant::now());
         if completion.token.payload() == BELL {
             self.bell_polled = false;
             let _ = self.bell.as_ref().map(|bell| bell.read());
@@ -172,6 +183,8 @@ impl Connection {
     /// Sends what is ready, does what is due (time-outs) and returns when it wants to be called next at
     /// the latest. Call it before every wait of the ring.
     pub fn tick(&mut self, ring: &mut Ring, now: Instant, events: &mut Vec<Event>) -> Option<Instant> {
+        self.core.at(now);
+        self.core.count(self.link.as_ref().map(|link| link.carrier()));
         if std::mem::take(&mut self.heard) {
             self.doubtful = false;
             self.core.heard(now);
@@ -250,6 +263,7 @@ impl Connection {
     /// Answers the request `id`; it goes out at the next [`tick`](Self::tick). After [`Event::Closed`] the
     /// answer is kept for the session only.
     pub fn answer(&mut self, id: u64, status: Status, body: &[u8], payload: Buffer) {
+        self.core.at(Instant::now());
         self.core.answer(id, status, body, payload);
     }
 

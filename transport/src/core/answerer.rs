@@ -5,13 +5,16 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::buffer::Buffer;
+use crate::carrier::Carrier;
 use crate::core::asker::{frame, versions_only};
 use crate::core::stream::{Head, Outgoing, Peer, Place};
+use crate::metrics::{Ended, Kind as Counted, Recorder};
 use crate::pool::Pool;
 use crate::server::{Event, Request};
 use crate::sessions::{Claim, Claimant, Records, Sessions};
+use crate::trace;
 use crate::wire::{
-    Body, Class, Fault, Flags, Header, Hello, Kind, MAX_BODY, Role, Status, VERSION, printable,
+    Body, Class, Fault, Flags, Header, Hello, Kind, MAX_BODY, PREFACE, Role, Status, VERSION, printable,
 };
 
 /// How long a peer may take for its hello.
@@ -44,7 +47,11 @@ struct InFlight {
     once: bool,
     cost: u64,
     answer_len: usize,
+    payload_len: usize,
     cancelled: bool,
+    since: Instant,
+    counted: Counted,
+    span: tracing::Span,
 }
 
 /// A request that is coming in.
@@ -82,6 +89,9 @@ pub(crate) struct Answerer {
     farewell: Option<String>,
     events: Vec<Event>,
     pub(crate) pool: Pool,
+    /// The time, as far as what is counted needs it.
+    clock: Instant,
+    pub(crate) recorder: Option<Recorder>,
 }
 
 impl Answerer {
@@ -111,6 +121,21 @@ impl Answerer {
             farewell: None,
             events: Vec::new(),
             pool,
+            clock: now,
+            recorder: None,
+        }
+    }
+
+    /// What happens from here on happens now.
+    pub(crate) fn at(&mut self, now: Instant) {
+        self.clock = now;
+    }
+
+    /// Writes down what carries the frames and how much credit is in use.
+    pub(crate) fn count(&mut self, carrier: Option<Carrier>) {
+        if let (Some(recorder), Some(carrier)) = (&mut self.recorder, carrier) {
+            recorder.carried_by(carrier);
+            recorder.used(self.used.0, self.used.1);
         }
     }
 
@@ -142,6 +167,9 @@ impl Answerer {
                 self.holds = true;
                 self.granted = true;
                 self.phase = Phase::Open;
+                if let Some(recorder) = &mut self.recorder {
+                    recorder.connected(&hello.name, resumed, (limits.requests, limits.bytes));
+                }
                 self.events.push(Event::Opened { peer: hello.name.clone(), session: hello.session, resumed });
                 None
             }
@@ -165,6 +193,12 @@ impl Answerer {
         let fits = body.len() <= MAX_BODY && payload.len() <= request.answer_len;
         debug_assert!(fits, "the answer to request {id} fits");
         let body = &body[..body.len().min(MAX_BODY)];
+        let took = self.clock.saturating_duration_since(request.since);
+        if let Some(recorder) = &mut self.recorder {
+            let (request_bytes, answer_bytes) = (request.payload_len, payload.len());
+            recorder.ended(request.counted, &Ended { status, took, request_bytes, answer_bytes });
+        }
+        trace::answered(&request.span, status, took);
         if request.once {
             self.once_in_flight -= 1;
             if id >= self.records.acked {
@@ -200,7 +234,14 @@ impl Answerer {
         self.phase = Phase::Closed;
         self.incoming = None;
         self.replies.iter_mut().for_each(VecDeque::clear);
-        let reason = self.farewell.take().unwrap_or_else(|| reason.to_string());
+        let said = self.farewell.take();
+        if let Some(recorder) = &mut self.recorder {
+            match &said {
+                Some(_) => recorder.closed(),
+                None => recorder.lost(&reason.to_string()),
+            }
+        }
+        let reason = said.unwrap_or_else(|| reason.to_string());
         self.events.push(Event::Closed { reason });
         self.release_when_done();
     }
@@ -322,6 +363,9 @@ impl Answerer {
             if let Some((status, body)) = self.records.finished.get(&header.id).cloned() {
                 // It was carried out over an earlier connection.
                 self.used = (requests + 1, bytes + cost);
+                if let Some(recorder) = &mut self.recorder {
+                    recorder.replayed();
+                }
                 self.reply(header.id, header.class, status, &body, Buffer::empty(), cost);
                 return Ok(Place::Discard);
             }
@@ -343,6 +387,7 @@ impl Answerer {
             body: Body::from_slice(body),
             payload,
             answer_len: header.answer_len as usize,
+            span: tracing::Span::none(),
         };
         self.incoming = Some(Incoming { request, once });
         Ok(place)
@@ -355,6 +400,9 @@ impl Peer for Answerer {
     }
 
     fn hello(&mut self, hello: &[u8]) -> Result<(), Fault> {
+        if let Some(recorder) = &mut self.recorder {
+            recorder.received_frame(PREFACE + hello.len());
+        }
         let hello = Hello::decode(hello)?;
         if hello.role != Role::Asking {
             return Err(Fault::Protocol("the peer answers instead of asking"));
@@ -373,6 +421,9 @@ impl Peer for Answerer {
     fn begin(&mut self, header: &Header, body: &[u8]) -> Result<Place, Fault> {
         if !matches!(self.phase, Phase::Open | Phase::Stopping) {
             return Err(Fault::Protocol("a frame before the hello was answered"));
+        }
+        if let Some(recorder) = &mut self.recorder {
+            recorder.received_frame(header.frame_len());
         }
         match header.kind {
             Kind::Request => return self.request(header, body),
@@ -402,10 +453,29 @@ impl Peer for Answerer {
     }
 
     fn end(&mut self) {
-        let Some(Incoming { request, once }) = self.incoming.take() else { return };
+        let Some(Incoming { mut request, once }) = self.incoming.take() else { return };
         let cost = (request.payload.len() + request.answer_len) as u64;
-        let entry =
-            InFlight { class: request.class, once, cost, answer_len: request.answer_len, cancelled: false };
+        let counted = match &mut self.recorder {
+            None => Counted::default(),
+            Some(recorder) => {
+                let counted = recorder.kind(request.class, request.opcode);
+                recorder.begun(counted);
+                counted
+            }
+        };
+        let session = self.hello.as_ref().map_or(0, |hello| hello.session);
+        request.span = trace::received(session, &request, self.recorder.as_ref());
+        let entry = InFlight {
+            class: request.class,
+            once,
+            cost,
+            answer_len: request.answer_len,
+            payload_len: request.payload.len(),
+            cancelled: false,
+            since: self.clock,
+            counted,
+            span: request.span.clone(),
+        };
         self.once_in_flight += usize::from(once);
         self.in_flight.insert(request.id, entry);
         self.events.push(Event::Request(request));
@@ -428,6 +498,9 @@ impl Peer for Answerer {
     }
 
     fn sent(&mut self, frame: &Outgoing) {
+        if let Some(recorder) = &mut self.recorder {
+            recorder.sent_frame(frame.len());
+        }
         if frame.id != 0 {
             self.used.0 = self.used.0.saturating_sub(1);
             self.used.1 = self.used.1.saturating_sub(frame.cost);
@@ -452,7 +525,6 @@ impl Drop for Answerer {
 mod tests {
     use super::*;
     use crate::server::Limits;
-    use crate::wire::PREFACE;
 
     fn answerer(sessions: &Arc<Sessions>, now: Instant) -> Answerer {
         let claimant = Claimant { number: sessions.number(), cut: Arc::new(|| ()), wake: Arc::new(|| ()) };

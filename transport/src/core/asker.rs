@@ -4,12 +4,15 @@ use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use crate::buffer::Buffer;
+use crate::carrier::Carrier;
 use crate::channel::{Answer, Call, Event};
 use crate::core::stream::{Head, Outgoing, Peer, Place};
 use crate::core::table::{Pending, Table};
+use crate::metrics::{Ended, Kind as Counted, Recorder};
+use crate::trace;
 use crate::wire::{
-    Body, Class, Fault, Flags, Header, Hello, Kind, MAX_BODY, MAX_PAYLOAD, Preface, Role, Status, VERSION,
-    printable,
+    Body, Class, Fault, Flags, Header, Hello, Kind, MAX_BODY, MAX_PAYLOAD, PREFACE, Preface, Role, Status,
+    VERSION, printable,
 };
 
 /// Who a side is.
@@ -87,6 +90,9 @@ pub(crate) struct Asker {
     earliest: Option<Instant>,
     farewell: Option<String>,
     events: Vec<Event>,
+    /// The time, as far as what is counted needs it.
+    clock: Instant,
+    pub(crate) recorder: Option<Recorder>,
 }
 
 impl Asker {
@@ -117,7 +123,14 @@ impl Asker {
             earliest: None,
             farewell: None,
             events: Vec::new(),
+            clock: now,
+            recorder: None,
         }
+    }
+
+    /// What happens from here on happens now.
+    pub(crate) fn at(&mut self, now: Instant) {
+        self.clock = now;
     }
 
     /// Takes a call.
@@ -135,7 +148,15 @@ impl Asker {
             self.earliest = Some(self.earliest.map_or(deadline, |e| e.min(deadline)));
         }
         let (class, setup) = (call.class, call.setup);
-        let slot = self.table.insert(call);
+        let kind = match &mut self.recorder {
+            None => Counted::default(),
+            Some(recorder) => {
+                let kind = recorder.kind(class, call.opcode);
+                recorder.begun(kind);
+                kind
+            }
+        };
+        let slot = self.table.insert(call, self.clock, kind);
         self.queue(slot, class, setup);
     }
 
@@ -265,9 +286,13 @@ impl Asker {
                 self.earliest = Some(self.earliest.map_or(deadline, |e| e.min(deadline)));
                 continue;
             }
-            let id = pending.id;
+            let (id, kind) = (pending.id, pending.kind);
+            pending.span.in_scope(|| tracing::trace!(target: trace::TARGET, "The deadline passed"));
             expired(id, self.incoming.as_ref().is_some_and(|incoming| incoming.id == id));
             let Some(call) = pending.call.take() else { continue };
+            if let Some(recorder) = &mut self.recorder {
+                recorder.expired(kind);
+            }
             if pending.sent {
                 // The entry stays until the peer answers or the connection ends: the credit is in use.
                 self.table.confirm(id);
@@ -286,7 +311,11 @@ impl Asker {
     pub(crate) fn close(&mut self) -> Vec<Call> {
         let mut calls = Vec::new();
         for slot in self.table.in_order() {
-            calls.extend(self.table.remove(slot).and_then(|pending| pending.call));
+            let Some(Pending { call: Some(call), kind, .. }) = self.table.remove(slot) else { continue };
+            if let Some(recorder) = &mut self.recorder {
+                recorder.dropped(kind);
+            }
+            calls.push(call);
         }
         calls.append(&mut self.refused);
         self.disconnected();
@@ -312,20 +341,38 @@ impl Asker {
                 return Err(Fault::Protocol("a hello that resumes a session of which we know nothing"));
             }
             self.phase = if self.set_up { Phase::Up } else { Phase::Setup };
+            self.count_connection(&hello);
             self.events.push(Event::Resumed);
             return Ok(());
         }
         for slot in std::mem::take(&mut self.setup) {
-            if let Some(call) = self.table.remove(slot).and_then(|pending| pending.call) {
-                self.events.push(Event::Answer(answer(call, Status::CANCELLED)));
+            let Some(Pending { call: Some(call), kind, .. }) = self.table.remove(slot) else { continue };
+            if let Some(recorder) = &mut self.recorder {
+                recorder.dropped(kind);
             }
+            self.events.push(Event::Answer(answer(call, Status::CANCELLED)));
         }
         self.table.forget_ids();
         self.serial = hello.serial;
         self.set_up = false;
         self.phase = Phase::Setup;
+        self.count_connection(&hello);
         self.events.push(Event::Opened { instance: hello.instance, boot: hello.boot, peer: hello.name });
         Ok(())
+    }
+
+    fn count_connection(&mut self, hello: &Hello) {
+        if let Some(recorder) = &mut self.recorder {
+            recorder.connected(&hello.name, hello.resumed, (hello.requests, hello.bytes));
+        }
+    }
+
+    /// Writes down what carries the frames and how much credit is in use.
+    pub(crate) fn count(&mut self, carrier: Option<Carrier>) {
+        if let (Some(recorder), Some(carrier)) = (&mut self.recorder, carrier) {
+            recorder.carried_by(carrier);
+            recorder.used(self.used.requests, self.used.bytes);
+        }
     }
 
     fn our_hello(&self) -> Outgoing {
@@ -388,6 +435,15 @@ impl Asker {
         let payload = call.payload.slice(0, call.payload.len())?;
         let out = frame(&header, &call.body, payload, pending.cost);
         pending.sent = true;
+        let again = std::mem::replace(&mut pending.went, true);
+        if let Some(recorder) = &mut self.recorder {
+            if again {
+                recorder.replayed();
+            } else {
+                recorder.sent(pending.kind, self.clock.saturating_duration_since(pending.since));
+            }
+        }
+        trace::sent(&mut pending.span, self.session, &header, self.recorder.as_ref(), again);
         let (cost, bulk) = (pending.cost, pending.class == Class::Bulk);
         for used in std::iter::once(&mut self.used).chain(bulk.then_some(&mut self.bulk)) {
             used.requests += 1;
@@ -424,6 +480,9 @@ impl Asker {
 
 impl Peer for Asker {
     fn hello(&mut self, hello: &[u8]) -> Result<(), Fault> {
+        if let Some(recorder) = &mut self.recorder {
+            recorder.received_frame(PREFACE + hello.len());
+        }
         self.opened(Hello::decode(hello)?)
     }
 
@@ -432,6 +491,9 @@ impl Peer for Asker {
     fn other_version(&mut self) {}
 
     fn begin(&mut self, header: &Header, body: &[u8]) -> Result<Place, Fault> {
+        if let Some(recorder) = &mut self.recorder {
+            recorder.received_frame(header.frame_len());
+        }
         match header.kind {
             Kind::Reply => {}
             Kind::Ping => {
@@ -480,6 +542,12 @@ impl Peer for Asker {
             used.bytes = used.bytes.saturating_sub(pending.cost);
         }
         if let Some(Call { tag, payload, answer, .. }) = pending.call {
+            let took = self.clock.saturating_duration_since(pending.since);
+            if let Some(recorder) = &mut self.recorder {
+                let (request_bytes, answer_bytes) = (payload.len(), received);
+                recorder.ended(pending.kind, &Ended { status, took, request_bytes, answer_bytes });
+            }
+            trace::answered(&pending.span, status, took);
             self.events.push(Event::Answer(Answer { tag, status, body, payload, answer, received }));
         }
     }
@@ -510,7 +578,11 @@ impl Peer for Asker {
         self.next_request()
     }
 
-    fn sent(&mut self, _frame: &Outgoing) {}
+    fn sent(&mut self, frame: &Outgoing) {
+        if let Some(recorder) = &mut self.recorder {
+            recorder.sent_frame(frame.len());
+        }
+    }
 }
 
 /// A frame of `header`, whose lengths are set here.

@@ -34,7 +34,8 @@ pub(crate) struct Outgoing {
 }
 
 impl Outgoing {
-    fn len(&self) -> usize {
+    /// Its bytes on the wire.
+    pub(crate) fn len(&self) -> usize {
         self.head.len() + self.payload.len()
     }
 }

@@ -5,36 +5,12 @@
 pub(crate) mod connect;
 pub(crate) mod tcp;
 
-use std::fmt;
 use std::time::Instant;
 
+pub use crate::carrier::Carrier;
 use crate::core::stream::Peer;
 use crate::ring::Ring;
 use crate::wire::Fault;
-
-/// What carries the frames of a connection.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Carrier {
-    /// Plain TCP.
-    Tcp,
-    /// TLS over TCP, encrypted by the kernel.
-    KernelTls,
-    /// TLS over TCP, encrypted in this process.
-    TlsRecords,
-    /// RDMA, agreed on over one of the others. Its payloads are not encrypted.
-    Rdma,
-}
-
-impl fmt::Display for Carrier {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Tcp => "tcp",
-            Self::KernelTls => "kernel-tls",
-            Self::TlsRecords => "tls-records",
-            Self::Rdma => "rdma",
-        })
-    }
-}
 
 /// A connection that carries frames. It holds no pointer to anybody's memory between two calls.
 pub(crate) trait Link: Send {
@@ -65,6 +41,9 @@ pub(crate) trait Link: Send {
 
     /// Whether the other side's hello came.
     fn greeted(&self) -> bool;
+
+    /// What carries the frames.
+    fn carrier(&self) -> Carrier;
 
     /// Nothing more will be sent; the other side sees the end of the stream after all that was.
     fn finish(&mut self);

@@ -13,6 +13,7 @@ use std::time::Instant;
 use nix::sys::socket::{setsockopt, sockopt};
 
 use super::Link;
+use crate::carrier::Carrier;
 use crate::core::stream::{Decoder, Outqueue, Peer};
 use crate::ring::{Ring, Source};
 use crate::wire::Fault;
@@ -283,6 +284,10 @@ impl Link for TcpLink {
 
     fn greeted(&self) -> bool {
         self.decoder.greeted()
+    }
+
+    fn carrier(&self) -> Carrier {
+        Carrier::Tcp
     }
 
     fn finish(&mut self) {

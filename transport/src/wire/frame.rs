@@ -83,6 +83,11 @@ impl Header {
         }
     }
 
+    /// How many bytes the whole frame has.
+    pub(crate) fn frame_len(&self) -> usize {
+        HEADER + usize::from(self.body_len) + self.payload_len as usize
+    }
+
     /// The bytes on the wire.
     pub(crate) fn encode(&self) -> [u8; HEADER] {
         let mut bytes = [0; HEADER];

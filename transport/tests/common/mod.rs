@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use transport::buffer::Buffer;
 use transport::channel::{Answer, Call, Channel, Config, Event, Names};
+use transport::metrics::{Metrics, Operations, Recorder, Registration, Registry};
 use transport::ring::Ring;
 use transport::server::{self, Connection, Limits, Request, Sessions};
 use transport::wire::{Body, Class, Status};
@@ -22,6 +23,10 @@ pub const SLOW: u16 = 258;
 /// Never answered until the connection is closed.
 pub const NEVER: u16 = 259;
 
+/// Their names.
+pub const OPERATIONS: Operations =
+    Operations(&[(ECHO, "echo"), (COUNT, "count"), (SLOW, "slow"), (NEVER, "never")]);
+
 /// A server and its threads.
 pub struct Server {
     pub address: SocketAddr,
@@ -34,6 +39,8 @@ pub struct Server {
     pub closed: Arc<Mutex<Vec<String>>>,
     pub stop: Arc<AtomicBool>,
     pub most_in_flight: Arc<AtomicU64>,
+    /// What its connections count.
+    pub registry: Arc<Registry>,
     accept: Option<JoinHandle<()>>,
 }
 
@@ -60,9 +67,11 @@ impl Server {
             closed: Arc::default(),
             stop: Arc::default(),
             most_in_flight: Arc::default(),
+            registry: Registry::new(4),
             accept: None,
         };
-        let (sessions, counts, sockets, closed, stop, most) = (
+        let (registry, sessions, counts, sockets, closed, stop, most) = (
+            server.registry.clone(),
             server.sessions.clone(),
             server.counts.clone(),
             server.sockets.clone(),
@@ -77,10 +86,16 @@ impl Server {
                     break;
                 }
                 sockets.lock().unwrap().push(socket.try_clone().unwrap());
-                let (sessions, counts, closed, stop, most) =
-                    (sessions.clone(), counts.clone(), closed.clone(), stop.clone(), most.clone());
+                let (registry, sessions, counts, closed, stop, most) = (
+                    registry.clone(),
+                    sessions.clone(),
+                    counts.clone(),
+                    closed.clone(),
+                    stop.clone(),
+                    most.clone(),
+                );
                 threads.push(std::thread::spawn(move || {
-                    serve(socket, sessions, &counts, &closed, &stop, &most);
+                    serve(socket, &registry, sessions, &counts, &closed, &stop, &most);
                 }));
             }
             for thread in threads {
@@ -113,6 +128,7 @@ impl Drop for Server {
 
 fn serve(
     socket: TcpStream,
+    registry: &Arc<Registry>,
     sessions: Arc<Sessions>,
     counts: &Mutex<std::collections::HashMap<u64, u32>>,
     closed: &Mutex<Vec<String>>,
@@ -121,6 +137,10 @@ fn serve(
 ) {
     let mut ring = Ring::new(64).expect("io_uring works here");
     let mut connection = Connection::new(socket, sessions, &mut ring);
+    let recorder = Recorder::new(OPERATIONS);
+    let metrics = recorder.metrics();
+    connection.record(recorder);
+    let mut registered: Option<Registration> = None;
     let mut events = Vec::new();
     let mut later: Vec<(Instant, Request)> = Vec::new();
     let mut never: Vec<Request> = Vec::new();
@@ -149,7 +169,8 @@ fn serve(
         }
         for event in events.drain(..) {
             match event {
-                server::Event::Opened { .. } | server::Event::Carrier(_) | server::Event::Cancel { .. } => {}
+                server::Event::Opened { peer, .. } => registered = Some(registry.add(&peer, metrics.clone())),
+                server::Event::Carrier(_) | server::Event::Cancel { .. } => {}
                 server::Event::Closed { reason } => {
                     closed.lock().unwrap().push(reason);
                     over = true;
@@ -182,6 +203,7 @@ fn serve(
         }
         most.fetch_max(connection.in_flight() as u64, Ordering::Relaxed);
     }
+    drop(registered);
 }
 
 pub fn number(body: &[u8]) -> u64 {
@@ -198,6 +220,8 @@ pub struct Client {
     pub lost: Vec<String>,
     /// A new session is ready after so many answers.
     pub setup_first: usize,
+    /// What its channel counts.
+    pub metrics: Arc<Metrics>,
 }
 
 impl Client {
@@ -216,8 +240,12 @@ impl Client {
             transport: Default::default(),
         };
         let names = Names::of(address).expect("a thread");
-        let channel = Channel::new(config, names, &mut ring);
-        Self { ring, channel, answers: Vec::new(), opened: 0, resumed: 0, lost: Vec::new(), setup_first: 0 }
+        let mut channel = Channel::new(config, names, &mut ring);
+        let recorder = Recorder::new(OPERATIONS);
+        let metrics = recorder.metrics();
+        channel.record(recorder);
+        let (answers, lost) = (Vec::new(), Vec::new());
+        Self { ring, channel, answers, opened: 0, resumed: 0, lost, setup_first: 0, metrics }
     }
 
     /// One round of the ring, of at most `most`.
