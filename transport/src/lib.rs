@@ -22,7 +22,6 @@ mod pool;
 pub mod ring;
 pub mod server;
 mod sessions;
-mod trace;
 pub mod wire;
 
 pub use carrier::Carrier;

@@ -6,7 +6,9 @@ use std::collections::VecDeque;
 use smallvec::SmallVec;
 
 use crate::buffer::Buffer;
-use crate::wire::{Fault, HEADER, HELLO_MOST, Header, OLDEST_VERSION, PREFACE, Preface};
+use crate::carrier::Carrier;
+use crate::link::tls::handshake::Proven;
+use crate::wire::{Fault, HEADER, HELLO_MOST, Header, PREFACE, Preface};
 
 /// Bytes taken from the queues ahead of the network. What is ahead goes out before anything more urgent.
 pub(crate) const AHEAD: usize = 256 << 10;
@@ -34,8 +36,7 @@ pub(crate) struct Outgoing {
 }
 
 impl Outgoing {
-    /// Its bytes on the wire.
-    pub(crate) fn len(&self) -> usize {
+    fn len(&self) -> usize {
         self.head.len() + self.payload.len()
     }
 }
@@ -51,8 +52,8 @@ pub(crate) enum Place {
 
 /// One side of the protocol, as a link sees it.
 pub(crate) trait Peer {
-    /// The other side's preface came: the newest version that both speak.
-    fn version(&mut self, version: u16);
+    /// The connection is encrypted, and the other side has proven who it is. Comes before everything else.
+    fn secured(&mut self, carrier: Carrier, proven: Proven) -> Result<(), Fault>;
     /// The other side's hello came (what follows the preface).
     fn hello(&mut self, hello: &[u8]) -> Result<(), Fault>;
     /// The other side speaks no version that we do.
@@ -74,7 +75,6 @@ pub(crate) struct Decoder {
     place: Place,
     filled: usize,
     len: usize,
-    version: u16,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -88,14 +88,7 @@ enum Stage {
 impl Decoder {
     /// At the start of a connection: the first bytes are a hello.
     pub(crate) fn new() -> Self {
-        Self {
-            stage: Stage::Preface,
-            partial: SmallVec::new(),
-            place: Place::Discard,
-            filled: 0,
-            len: 0,
-            version: OLDEST_VERSION,
-        }
+        Self { stage: Stage::Preface, partial: SmallVec::new(), place: Place::Discard, filled: 0, len: 0 }
     }
 
     /// Takes all of `bytes`.
@@ -135,6 +128,14 @@ impl Decoder {
 
     /// Handles the preface, hello or frame head at the start of `bytes`; 0 if it is not all there.
     fn head(&mut self, bytes: &[u8], peer: &mut dyn Peer) -> Result<usize, Fault> {
+        if self.stage == Stage::Preface {
+            // Something else may be shorter and then wait for us for ever.
+            Preface::begins(bytes).inspect_err(|fault| {
+                if *fault == Fault::TlsPeer {
+                    peer.other_version();
+                }
+            })?;
+        }
         let want = wanted(self.stage, self.len, bytes);
         let Some(whole) = bytes.get(..want) else { return Ok(0) };
         match self.stage {
@@ -145,8 +146,6 @@ impl Decoder {
                         peer.other_version();
                     }
                 })?;
-                self.version = preface.common();
-                peer.version(self.version);
                 self.stage = Stage::Hello;
                 self.len = usize::from(preface.len).min(HELLO_MOST);
                 if self.len == 0 {
@@ -160,9 +159,6 @@ impl Decoder {
             Stage::Head | Stage::Payload => {
                 let Some((head, body)) = whole.split_first_chunk::<HEADER>() else { return Ok(0) };
                 let header = Header::decode(head)?;
-                if header.kind.since() > self.version {
-                    return Err(Fault::Protocol("a frame of a version that was not agreed on"));
-                }
                 self.place = peer.begin(&header, body)?;
                 (self.len, self.filled) = (header.payload_len as usize, 0);
                 if let Place::Buffer(buffer) = &self.place {
@@ -256,6 +252,30 @@ impl Outqueue {
     /// Whether there is nothing to send.
     pub(crate) fn is_empty(&self) -> bool {
         self.frames.is_empty()
+    }
+
+    /// How many bytes there are to send.
+    pub(crate) fn len(&self) -> usize {
+        self.bytes
+    }
+
+    /// Copies the first bytes to send to `into`, and returns how many.
+    pub(crate) fn read(&self, into: &mut [u8]) -> usize {
+        let (mut skip, mut filled) = (self.offset, 0);
+        for frame in &self.frames {
+            if filled == into.len() {
+                break;
+            }
+            if let Some(head) = frame.head.get(skip..) {
+                let n = head.len().min(into.len() - filled);
+                into[filled..filled + n].copy_from_slice(&head[..n]);
+                filled += n;
+            }
+            let skipped = skip.saturating_sub(frame.head.len());
+            filled += frame.payload.read_at(skipped, &mut into[filled..]);
+            skip = 0;
+        }
+        filled
     }
 
     /// The bytes to send, as segments. They are valid until this queue changes.

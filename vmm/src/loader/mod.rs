@@ -10,7 +10,6 @@ mod kernel;
 #[doc(hidden)]
 pub mod micro;
 mod pvh;
-mod sparse;
 mod unpack;
 
 use std::io;
