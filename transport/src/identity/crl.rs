@@ -27,7 +27,7 @@ impl Crl {
     /// # Errors
     /// It is damaged, too long, or another authority's.
     pub fn verify(der: &[u8], ca: &CertificateDer<'_>) -> Result<Self, Error> {
-        let wrong = |why: &str| Error::malformed("The revocation list", why);
+        let wrong = |why: &str| Error::malformed("The revocation list", &why);
         if der.len() > MAX_CRL {
             return Err(wrong("it is too long"));
         }

@@ -56,6 +56,21 @@ pub enum Error {
         /// To what it should belong.
         whose: &'static str,
     },
+    /// There is no authority here.
+    #[error(
+        "There is no household authority in {path}; make one with `omega ca init`, or run this on the PC that has it",
+        path = .0.display()
+    )]
+    NoAuthority(PathBuf),
+    /// There is an authority already.
+    #[error(
+        "There is a household authority in {path} already; a second one would not know its nodes",
+        path = .0.display()
+    )]
+    AuthorityExists(PathBuf),
+    /// The authority made no node of this name.
+    #[error("There is no node named `{0}`; `omega node list` shows those that there are")]
+    NoNode(String),
     /// A node's name cannot be one.
     #[error(
         "`{0}` is no name for a node: 1 to 63 lower-case letters, digits and `-`, which is not first or last"
@@ -75,11 +90,11 @@ pub enum Error {
 }
 
 impl Error {
-    pub(crate) fn malformed(what: impl Into<String>, why: impl ToString) -> Self {
+    pub(crate) fn malformed(what: impl Into<String>, why: &(impl ToString + ?Sized)) -> Self {
         Self::Malformed { what: what.into(), why: why.to_string() }
     }
 
-    pub(crate) fn crypto(what: &'static str, why: impl ToString) -> Self {
+    pub(crate) fn crypto(what: &'static str, why: &(impl ToString + ?Sized)) -> Self {
         Self::Crypto { what, why: why.to_string() }
     }
 }

@@ -163,7 +163,7 @@ pub(crate) fn text(tag: &str, der: &[u8]) -> String {
 
 /// Decodes the first object of its kind in `bytes`.
 pub(crate) fn decode<T: PemObject>(path: &Path, bytes: &[u8]) -> Result<T, Error> {
-    T::from_pem_slice(bytes).map_err(|why| Error::malformed(path.display().to_string(), why))
+    T::from_pem_slice(bytes).map_err(|why| Error::malformed(path.display().to_string(), &why))
 }
 
 fn part<T: PemObject>(folder: &Path, name: &'static str) -> Result<T, Error> {

@@ -165,12 +165,12 @@ pub(crate) fn roots(ca: &CertificateDer<'_>) -> Result<Arc<RootCertStore>, Error
     let mut roots = RootCertStore::empty();
     roots
         .add(ca.clone().into_owned())
-        .map_err(|why| Error::crypto("The authority cannot be trusted", why))?;
+        .map_err(|why| Error::crypto("The authority cannot be trusted", &why))?;
     Ok(Arc::new(roots))
 }
 
 fn client(parts: &Parts) -> Result<Arc<ClientConfig>, Error> {
-    let failed = |why: &dyn fmt::Display| Error::crypto("TLS cannot be set up to connect", why);
+    let failed = |why: &dyn fmt::Display| Error::crypto("TLS cannot be set up to connect", &why);
     let verifier = WebPkiServerVerifier::builder_with_provider(roots(&parts.ca)?, provider())
         .with_crls([parts.crl.clone()])
         .build()
@@ -190,7 +190,7 @@ fn client(parts: &Parts) -> Result<Arc<ClientConfig>, Error> {
 }
 
 fn server(parts: &Parts) -> Result<Arc<ServerConfig>, Error> {
-    let failed = |why: &dyn fmt::Display| Error::crypto("TLS cannot be set up to accept", why);
+    let failed = |why: &dyn fmt::Display| Error::crypto("TLS cannot be set up to accept", &why);
     let verifier = WebPkiClientVerifier::builder_with_provider(roots(&parts.ca)?, provider())
         .with_crls([parts.crl.clone()])
         .build()
@@ -214,6 +214,6 @@ fn mismatch(why: rustls::Error, what: &'static str) -> Error {
         rustls::Error::InconsistentKeys(_) => {
             Error::Unrelated { what: "The node's key".to_owned(), whose: "its certificate" }
         }
-        other => Error::crypto(what, other),
+        other => Error::crypto(what, &other),
     }
 }

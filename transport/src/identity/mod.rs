@@ -14,7 +14,10 @@ mod crl;
 mod error;
 pub mod folder;
 #[cfg(test)]
+mod folder_test;
+#[cfg(test)]
 mod handshake_test;
+pub mod join;
 mod loaded;
 mod name;
 mod peer;

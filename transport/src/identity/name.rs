@@ -177,7 +177,7 @@ pub(crate) fn server_name(expected: Option<&str>) -> Result<ServerName<'static>,
         Some(name) => name.parse::<NodeName>()?.dns(),
         None => Role::Agent.dns(),
     };
-    ServerName::try_from(dns).map_err(|why| Error::crypto("The node's name cannot be verified", why))
+    ServerName::try_from(dns).map_err(|why| Error::crypto("The node's name cannot be verified", &why))
 }
 
 #[cfg(test)]

@@ -98,7 +98,7 @@ impl Peer {
     /// # Errors
     /// It is no certificate of a node.
     pub fn of(certificate: &CertificateDer<'_>) -> Result<Self, Error> {
-        let wrong = |why: &str| Error::malformed("The certificate", why);
+        let wrong = |why: &str| Error::malformed("The certificate", &why);
         let (rest, parsed) = X509Certificate::from_der(certificate).map_err(|_| wrong("it is no X.509"))?;
         if !rest.is_empty() {
             return Err(wrong("something follows it"));
@@ -107,7 +107,7 @@ impl Peer {
     }
 
     pub(crate) fn read(certificate: &X509Certificate<'_>) -> Result<Self, Error> {
-        let wrong = |why: &str| Error::malformed("The certificate", why);
+        let wrong = |why: &str| Error::malformed("The certificate", &why);
         let names = certificate.subject_alternative_name().map_err(|_| wrong("its names cannot be read"))?;
         let (mut node, mut roles) = (None, Roles::NONE);
         for name in names.iter().flat_map(|names| &names.value.general_names) {

@@ -29,7 +29,6 @@ impl Default for Household {
 }
 
 #[expect(clippy::expect_used, reason = "a test that cannot begin fails")]
-#[expect(clippy::missing_panics_doc, reason = "a test that cannot begin fails")]
 impl Household {
     /// A new one, in a new folder of the system's temporary one.
     #[must_use]

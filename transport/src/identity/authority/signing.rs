@@ -136,7 +136,7 @@ impl Signer {
 
 /// A key, new for whoever needs one. It is made on the PC that uses it.
 pub(crate) fn new_key() -> Result<KeyPair, Error> {
-    KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).map_err(|why| Error::crypto("No key can be made", why))
+    KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).map_err(|why| Error::crypto("No key can be made", &why))
 }
 
 pub(crate) fn pkcs8(key: &KeyPair) -> PrivatePkcs8KeyDer<'static> {
@@ -145,7 +145,7 @@ pub(crate) fn pkcs8(key: &KeyPair) -> PrivatePkcs8KeyDer<'static> {
 
 pub(crate) fn key_pair(key: &PrivatePkcs8KeyDer<'_>) -> Result<KeyPair, Error> {
     KeyPair::from_pkcs8_der_and_sign_algo(key, &PKCS_ECDSA_P256_SHA256)
-        .map_err(|why| Error::malformed("The key", why))
+        .map_err(|why| Error::malformed("The key", &why))
 }
 
 pub(crate) fn node_params(
@@ -170,7 +170,7 @@ fn params(common_name: &str, validity: Validity) -> Result<CertificateParams, Er
     params.not_before = date_time_ymd(1970, 1, 1) + since_1970(validity.from);
     params.not_after = date_time_ymd(1970, 1, 1) + since_1970(validity.until);
     let mut serial = [0; 16];
-    getrandom::fill(&mut serial).map_err(|why| Error::crypto("There is no randomness", why))?;
+    getrandom::fill(&mut serial).map_err(|why| Error::crypto("There is no randomness", &why))?;
     // Positive, and never shorter.
     serial[0] = serial[0] & 0x7f | 0x40;
     params.serial_number = Some(SerialNumber::from_slice(&serial));
@@ -187,5 +187,5 @@ fn since_1970(at: SystemTime) -> Duration {
 }
 
 fn failed(why: &rcgen::Error) -> Error {
-    Error::crypto("The authority cannot sign", why)
+    Error::crypto("The authority cannot sign", &why)
 }

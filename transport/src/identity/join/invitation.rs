@@ -1,0 +1,307 @@
+//! The authority's side of a join: it waits for one new node.
+
+use std::io::{self, Write};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::AsFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::thread;
+use std::time::{Duration, Instant, SystemTime};
+
+use nix::poll::{PollFd, PollFlags, poll};
+use rustls::pki_types::PrivateKeyDer;
+use rustls::server::NoServerSessionStorage;
+use rustls::version::TLS13;
+use rustls::{ServerConfig, ServerConnection, StreamOwned};
+use subtle::ConstantTimeEq;
+
+use super::timed::Timed;
+use super::token::{Secret, Token};
+use super::wire::{Answer, Request};
+use super::{ALPN, PATIENCE, PORT};
+use crate::identity::authority::{Admitted, Authority, Node, Refused, SKEW};
+use crate::identity::{Error, NodeName, Roles, loaded};
+
+/// So many conversations at once, and so many of them with one address: the others are cut off.
+const MOST: usize = 16;
+const MOST_OF_ONE: usize = 4;
+/// How often it is asked whether to stop.
+const LOOK: u16 = 100;
+
+/// Somebody is waited for. See the [module](super).
+pub struct Invitation<'a> {
+    authority: &'a Authority,
+    listener: TcpListener,
+    config: Arc<ServerConfig>,
+    token: Token,
+    until: Instant,
+}
+
+/// A new node.
+#[derive(Clone, Debug)]
+pub struct Joined {
+    /// What the authority knows of it now.
+    pub node: Node,
+    /// From where it came.
+    pub from: SocketAddr,
+    /// It said that it stored its certificate.
+    pub confirmed: bool,
+}
+
+/// How waiting ended.
+#[derive(Debug)]
+pub enum Outcome {
+    /// Somebody joined.
+    Joined(Box<Joined>),
+    /// Nobody came in time.
+    Expired,
+    /// Too many wrong secrets were tried.
+    Void,
+    /// The caller wanted it.
+    Stopped,
+    /// The authority could not store what it did.
+    Failed(Error),
+}
+
+/// What came of one conversation.
+enum Said {
+    Joined(Box<Joined>),
+    Void,
+    Failed(Error),
+}
+
+impl<'a> Invitation<'a> {
+    /// Invites one PC to become the node `name` within `life`. It is waited for at `listener`; `addresses` are
+    /// those by which others reach it.
+    ///
+    /// # Errors
+    /// The authority cannot store the invitation, or TLS cannot be set up.
+    pub fn new(
+        authority: &'a Authority,
+        name: &NodeName,
+        roles: Roles,
+        life: Duration,
+        listener: TcpListener,
+        addresses: Vec<SocketAddr>,
+    ) -> Result<Self, Error> {
+        let failed = |source| Error::File { path: "the socket".into(), source };
+        listener.set_nonblocking(true).map_err(failed)?;
+        let config = config(authority, life)?;
+        let (until, expires) = (Instant::now().checked_add(life), SystemTime::now().checked_add(life));
+        let (Some(until), Some(expires)) = (until, expires) else {
+            return Err(Error::crypto("The invitation cannot last so long", "the clock ends before"));
+        };
+        let secret = authority.invite(name, roles, life)?;
+        let token = Token { addresses, authority: authority.fingerprint(), secret, expires };
+        Ok(Self { authority, listener, config, token, until })
+    }
+
+    /// What the other PC needs to know.
+    #[must_use]
+    pub fn token(&self) -> &Token {
+        &self.token
+    }
+
+    /// Waits until somebody joined, the time is over or `stop` says so, which is asked some times a second.
+    /// Afterwards the token is worthless, whatever happened.
+    #[must_use]
+    pub fn wait(self, stop: &dyn Fn() -> bool) -> Outcome {
+        let outcome = self.accept(stop);
+        match (self.authority.withdraw(&self.token.secret), outcome) {
+            (_, outcome @ (Outcome::Joined(_) | Outcome::Failed(_))) => outcome,
+            (Ok(()), outcome) => outcome,
+            (Err(why), _) => Outcome::Failed(why),
+        }
+    }
+
+    fn accept(&self, stop: &dyn Fn() -> bool) -> Outcome {
+        let (said, heard) = mpsc::channel();
+        let busy = Mutex::new(Vec::<(SocketAddr, TcpStream)>::new());
+        thread::scope(|scope| {
+            let outcome = loop {
+                match heard.try_recv() {
+                    Ok(Said::Joined(joined)) => break Outcome::Joined(joined),
+                    Ok(Said::Void) => break Outcome::Void,
+                    Ok(Said::Failed(why)) => break Outcome::Failed(why),
+                    Err(_) if stop() => break Outcome::Stopped,
+                    Err(_) if Instant::now() >= self.until => break Outcome::Expired,
+                    Err(_) => {}
+                }
+                let Some((socket, peer)) = self.next() else { continue };
+                let Ok(second) = socket.try_clone() else { continue };
+                let mut list = lock(&busy);
+                let same = list.iter().filter(|(other, _)| other.ip() == peer.ip()).count();
+                if list.len() >= MOST || same >= MOST_OF_ONE {
+                    continue;
+                }
+                list.push((peer, second));
+                drop(list);
+                let (said, busy) = (said.clone(), &busy);
+                scope.spawn(move || {
+                    if let Some(what) = self.converse(socket, peer) {
+                        said.send(what).ok();
+                    }
+                    lock(busy).retain(|(other, _)| *other != peer);
+                });
+            };
+            for (_, socket) in &*lock(&busy) {
+                socket.shutdown(std::net::Shutdown::Both).ok();
+            }
+            outcome
+        })
+    }
+
+    /// The next one who connects, if somebody does within a moment.
+    fn next(&self) -> Option<(TcpStream, SocketAddr)> {
+        let mut polled = [PollFd::new(self.listener.as_fd(), PollFlags::POLLIN)];
+        poll(&mut polled, LOOK).ok()?;
+        let accepted = self.listener.accept();
+        if accepted.as_ref().is_err_and(|why| why.kind() != io::ErrorKind::WouldBlock) {
+            // Out of descriptors, perhaps; not as fast as it can.
+            thread::sleep(Duration::from_millis(10));
+        }
+        let (socket, peer) = accepted.ok()?;
+        socket.set_nonblocking(false).ok()?;
+        Some((socket, peer))
+    }
+
+    /// Everything with one who connected. What breaks off here is the other side's affair.
+    fn converse(&self, socket: TcpStream, peer: SocketAddr) -> Option<Said> {
+        socket.set_nodelay(true).ok();
+        let tls = ServerConnection::new(Arc::clone(&self.config)).ok()?;
+        let mut stream = StreamOwned::new(tls, Timed::new(socket, PATIENCE));
+        while stream.conn.is_handshaking() {
+            stream.conn.complete_io(&mut stream.sock).ok()?;
+        }
+        if stream.conn.alpn_protocol() != Some(ALPN) {
+            return None;
+        }
+        let request = Request::read(&mut stream).ok()?;
+        match self.admit(&request, peer) {
+            Ok((node, Admitted { ca, node: certificate, crl })) => {
+                let (ca, certificate, crl) = (ca.to_vec(), certificate.to_vec(), crl.to_vec());
+                let answer = Answer::Welcome { ca, node: certificate, crl };
+                let confirmed = send(&mut stream, &answer).and_then(|()| {
+                    let mut stored = [0];
+                    io::Read::read_exact(&mut stream, &mut stored)?;
+                    Ok(stored == [1])
+                });
+                Some(Said::Joined(Box::new(Joined {
+                    node,
+                    from: peer,
+                    confirmed: confirmed.unwrap_or(false),
+                })))
+            }
+            Err((why, said)) => {
+                send(&mut stream, &Answer::Refused(why.to_string())).ok();
+                said
+            }
+        }
+    }
+
+    fn admit(
+        &self,
+        request: &Request,
+        peer: SocketAddr,
+    ) -> Result<(Node, Admitted), (Refused, Option<Said>)> {
+        let address = (request.port != 0).then(|| SocketAddr::new(peer.ip().to_canonical(), request.port));
+        let ours = same(&request.secret, &self.token.secret);
+        let refused = if ours {
+            match self.authority.admit(&request.secret, &request.csr, address) {
+                Ok(admitted) => return Ok(admitted),
+                Err(refused) => refused,
+            }
+        } else {
+            self.authority.why_not(&request.secret)
+        };
+        let said = match &refused {
+            // Whoever knew a secret once guesses nothing.
+            Refused::Used | Refused::Expired | Refused::Void | Refused::Store(_) => None,
+            Refused::Unknown | Refused::Request => match self.authority.wrong_try(&self.token.secret) {
+                Ok(true) => Some(Said::Void),
+                Ok(false) => None,
+                Err(why) => Some(Said::Failed(why)),
+            },
+        };
+        match refused {
+            Refused::Store(why) => Err((Refused::Unknown, Some(Said::Failed(why)))),
+            other => Err((other, said)),
+        }
+    }
+}
+
+fn lock<T>(of: &Mutex<T>) -> MutexGuard<'_, T> {
+    of.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn same(one: &Secret, other: &Secret) -> bool {
+    one.bytes().ct_eq(other.bytes()).into()
+}
+
+fn send(stream: &mut StreamOwned<ServerConnection, Timed>, answer: &Answer) -> io::Result<()> {
+    stream.write_all(&answer.encode())?;
+    stream.conn.send_close_notify();
+    stream.flush()
+}
+
+/// TLS as the authority itself, with a certificate that lives as long as the invitation.
+fn config(authority: &Authority, life: Duration) -> Result<Arc<ServerConfig>, Error> {
+    let failed = |why| Error::crypto("TLS cannot be set up to invite", &why);
+    let (certificate, key) = authority.signer().inviter(life.saturating_add(SKEW))?;
+    let chain = vec![certificate, authority.signer().certificate().clone()];
+    let mut config = ServerConfig::builder_with_provider(loaded::provider())
+        .with_protocol_versions(&[&TLS13])
+        .map_err(failed)?
+        .with_no_client_auth()
+        .with_single_cert(chain, PrivateKeyDer::Pkcs8(key))
+        .map_err(failed)?;
+    config.alpn_protocols = vec![ALPN.to_vec()];
+    config.session_storage = Arc::new(NoServerSessionStorage {});
+    config.send_tls13_tickets = 0;
+    Ok(Arc::new(config))
+}
+
+/// The addresses by which others may reach this PC at `port`, or, if it is alone, it itself.
+///
+/// # Errors
+/// The kernel does not say.
+pub fn addresses(port: u16) -> io::Result<Vec<SocketAddr>> {
+    let mut found = Vec::new();
+    for interface in nix::ifaddrs::getifaddrs()? {
+        use nix::net::if_::InterfaceFlags;
+        let up = interface.flags.contains(InterfaceFlags::IFF_UP);
+        let Some(address) = interface.address.filter(|_| up) else { continue };
+        if let Some(v4) = address.as_sockaddr_in() {
+            found.push(IpAddr::V4(v4.ip()));
+        } else if let Some(v6) = address.as_sockaddr_in6() {
+            found.push(IpAddr::V6(v6.ip()));
+        }
+    }
+    let near = |ip: &IpAddr| match ip {
+        IpAddr::V4(ip) => ip.is_link_local(),
+        IpAddr::V6(ip) => ip.is_unicast_link_local(),
+    };
+    found.retain(|ip| !ip.is_loopback() && !near(ip));
+    if found.is_empty() {
+        found.push(IpAddr::from([127, 0, 0, 1]));
+    }
+    // IPv4 first: it is what household networks have.
+    found.sort_by_key(IpAddr::is_ipv6);
+    found.dedup();
+    found.truncate(super::token::MAX_ADDRESSES);
+    Ok(found.into_iter().map(|ip| SocketAddr::new(ip, port)).collect())
+}
+
+/// Listens at `address`; without one at the [usual port](PORT) of all, or at any if that is taken.
+///
+/// # Errors
+/// The address cannot be listened at.
+pub fn listen(address: Option<SocketAddr>) -> io::Result<TcpListener> {
+    if let Some(address) = address {
+        return TcpListener::bind(address);
+    }
+    let any = |port| {
+        // Dual-stack where there is IPv6.
+        TcpListener::bind(("::", port)).or_else(|_| TcpListener::bind(("0.0.0.0", port)))
+    };
+    any(PORT).or_else(|_| any(0))
+}
