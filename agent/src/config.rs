@@ -36,6 +36,8 @@ pub struct Config {
     pub lease_ttl: Span,
     /// How long a stop waits for requests in flight.
     pub stop_timeout: Span,
+    /// Let peers move to RDMA, where this PC has it. RDMA payloads are not encrypted.
+    pub rdma: bool,
     /// Bounds against peers that want too much.
     pub limits: Limits,
     /// The volumes.
@@ -139,6 +141,7 @@ impl Default for Config {
             state: None,
             lease_ttl: Span(Duration::from_secs(15)),
             stop_timeout: Span(Duration::from_secs(10)),
+            rdma: true,
             limits: Limits::default(),
             volume: Vec::new(),
             allow: Vec::new(),

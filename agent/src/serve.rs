@@ -83,6 +83,7 @@ impl Agent {
             requests: config.limits.requests,
             bytes: config.limits.memory.0,
             sessions: config.limits.connections.saturating_mul(2),
+            rdma: config.rdma,
         };
         Ok(Self {
             volumes: config.volume.iter().cloned().map(Volume::new).collect(),

@@ -8,7 +8,6 @@ use std::time::{Duration, Instant};
 
 use transport::buffer::Buffer;
 use transport::channel::{Call, Channel, Config, Event, Names};
-use transport::identity::Security;
 use transport::ring::Ring;
 use transport::server::{self, Connection, Limits, Sessions};
 use transport::wire::{Body, Class, Status};
@@ -109,11 +108,10 @@ fn channel(size: usize, depth: u64) -> f64 {
     let config = Config {
         address,
         name: "speed".into(),
-        security: Security::Plain,
-        node: None,
         dead_after: Duration::from_secs(5),
         retry_first: Duration::from_millis(10),
         retry_most: Duration::from_secs(1),
+        transport: Default::default(),
     };
     let names = Names::of(&config.address).expect("a thread");
     let mut channel = Channel::new(config, names, &mut ring);
@@ -167,8 +165,8 @@ fn channel(size: usize, depth: u64) -> f64 {
 
 fn serve(socket: TcpStream) {
     let mut ring = Ring::new(64).expect("ring");
-    let sessions = Sessions::new("speed", Limits { requests: 64, bytes: 32 << 20, sessions: 4 });
-    let mut connection = Connection::new(socket, sessions, &Security::Plain, &mut ring);
+    let sessions = Sessions::new("speed", Limits { requests: 64, bytes: 32 << 20, sessions: 4, rdma: false });
+    let mut connection = Connection::new(socket, sessions, &mut ring);
     let mut events = Vec::new();
     while !connection.is_finished() {
         let now = Instant::now();

@@ -8,14 +8,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::buffer::Buffer;
-use crate::carrier::Carrier;
 use crate::core::asker::{Asker, Identity};
-use crate::identity::{Peer, Security};
+pub use crate::link::Carrier;
 use crate::link::Link;
 use crate::link::connect::{self, Resolver};
 use crate::link::tcp::TcpLink;
-use crate::link::tls::RECORDS;
-use crate::link::tls::handshake::Handshake;
+use crate::metrics::Recorder;
 use crate::ring::{Completion, Ring, Source};
 use crate::sessions::random;
 use crate::wire::{Body, Class, Fault, Status};
@@ -27,16 +25,27 @@ pub struct Config {
     pub address: String,
     /// Who we are, for the peer's log and its leases: shown, not trusted.
     pub name: String,
-    /// How the connection is protected.
-    pub security: Security,
-    /// The node that the peer must prove to be; `None`: any agent of the household.
-    pub node: Option<String>,
     /// A connection that carried nothing for this long, though pinged, is dead.
     pub dead_after: Duration,
     /// The first pause between two attempts to connect; it doubles up to `retry_most`.
     pub retry_first: Duration,
     /// The longest pause between two attempts to connect.
     pub retry_most: Duration,
+    /// What may carry the connection.
+    pub transport: Transport,
+}
+
+/// What may carry a connection. It always begins over TCP (with TLS where that is asked for); RDMA is agreed
+/// on there and takes over when it has proved to work.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Transport {
+    /// RDMA where both PCs have it, else TCP.
+    #[default]
+    Auto,
+    /// As [`Auto`](Self::Auto), but [`Event::Carrier`] says each time why TCP has to stand in.
+    Rdma,
+    /// TCP only: for a link whose payloads must be encrypted.
+    Tcp,
 }
 
 /// One request.
@@ -94,17 +103,17 @@ pub enum Event {
         instance: u128,
         /// Changes with every boot of the peer's kernel: what was not flushed to stable storage may be gone.
         boot: u128,
-        /// The name by which the peer calls itself: shown, not trusted.
-        name: String,
-        /// Who the peer has proven to be; `None` without TLS.
-        peer: Option<Peer>,
-        /// What carries the connection.
-        carrier: Carrier,
+        /// The name by which the peer calls itself.
+        peer: String,
     },
     /// The earlier session goes on over a new connection; what was in flight was sent again.
-    Resumed {
-        /// What carries the new connection.
+    Resumed,
+    /// Something else carries the connection from now on, or (`Tcp`, with the reason) RDMA could not be had.
+    Carrier {
+        /// What carries it.
         carrier: Carrier,
+        /// Why it is not RDMA; empty if it is, or if nobody asked.
+        why: String,
     },
     /// The connection is gone; the channel tries again by itself.
     Lost {
@@ -137,10 +146,6 @@ pub struct Channel {
     doubtful: bool,
     /// What ended the connection since the last tick.
     fault: Option<Fault>,
-    /// Records of TLS after which a new connection takes over.
-    records: u64,
-    /// When the peer's certificate is looked up again.
-    look_up_at: Instant,
 }
 
 /// How far the connection is.
@@ -181,9 +186,6 @@ impl Names {
 /// The token of the resolver's bell.
 const BELL: u64 = (1 << 48) - 1;
 
-/// How often the peer's certificate is looked up in the list of those that were revoked.
-const LOOK_UP_EVERY: Duration = Duration::from_secs(1);
-
 /// The longest time for one attempt to connect.
 const CONNECT_WITHIN: Duration = Duration::from_secs(5);
 
@@ -207,21 +209,20 @@ impl Channel {
             heard: false,
             doubtful: false,
             fault: None,
-            records: RECORDS,
-            look_up_at: now,
         }
     }
 
-    /// Has a new connection take over after so many records of TLS, instead of after as many as are safe.
-    #[doc(hidden)]
-    pub fn replace_after(&mut self, records: u64) {
-        self.records = records.min(RECORDS);
+    /// Has what happens from here on counted by `recorder`; to be called before the first
+    /// [`submit`](Self::submit).
+    pub fn record(&mut self, recorder: Recorder) {
+        self.core.recorder = Some(recorder);
     }
 
     /// Takes `call`; it goes out at the next [`tick`](Self::tick) when credits, class and connection
     /// allow. Never blocks. A call that breaks a limit of [`Call`] is answered with
     /// [`Status::MALFORMED`] at the next tick.
     pub fn submit(&mut self, call: Call) {
+        self.core.at(Instant::now());
         self.core.submit(call);
     }
 
@@ -235,6 +236,7 @@ impl Channel {
             _ if token == BELL => self.bell_polled = false,
             State::Connecting { done, .. } if token == self.generation << 1 | 1 => *done = true,
             State::Linked(link) if self.fault.is_none() => {
+                self.core.at(Instant::now());
                 match link.completed(token, completion.result, &mut self.core) {
                     Ok(heard) => self.heard |= heard,
                     Err(fault) => self.fault = Some(fault),
@@ -255,12 +257,17 @@ impl Channel {
     /// Sends what is ready, does what is due (connecting, pings, deadlines) and returns when it wants to
     /// be called next at the latest. Call it before every wait of the ring.
     pub fn tick(&mut self, ring: &mut Ring, now: Instant, events: &mut Vec<Event>) -> Option<Instant> {
+        self.core.at(now);
+        let carrier = match &self.state {
+            State::Linked(link) => Some(link.carrier()),
+            _ => None,
+        };
+        self.core.count(carrier);
         if std::mem::take(&mut self.heard) {
             self.doubtful = false;
             self.core.heard(now);
         }
         let due = self.clock(now);
-        self.look_up(now);
         if let State::Linked(link) = &mut self.state
             && self.fault.is_none()
         {
@@ -271,28 +278,13 @@ impl Channel {
             self.lost(ring, now, &fault, events);
         }
         let step = self.connect(ring, now, events);
-        let mut wants = None;
         if let State::Linked(link) = &mut self.state {
             link.arm(ring);
-            wants = link.due();
         }
         if self.fault.is_some() {
             return Some(now);
         }
-        [due, step, wants].into_iter().flatten().min()
-    }
-
-    /// Whether the peer's certificate was revoked meanwhile, now and then.
-    fn look_up(&mut self, now: Instant) {
-        if now < self.look_up_at || self.fault.is_some() {
-            return;
-        }
-        self.look_up_at = now + LOOK_UP_EVERY;
-        if let Some(proven) = self.core.proven()
-            && proven.security.revokes(&proven.peer)
-        {
-            self.fault = Some(Fault::Revoked(proven.peer.name.clone()));
-        }
+        [due, step].into_iter().flatten().min()
     }
 
     /// Deadlines and silence.
@@ -395,7 +387,7 @@ impl Channel {
             ring.cancel(self.source.token(self.generation << 1 | 1));
             Err(io::ErrorKind::TimedOut.into())
         };
-        let link = result.and_then(|()| self.link(socket));
+        let link = result.and_then(|()| TcpLink::new(Arc::new(socket), self.source, self.generation));
         match link {
             Ok(mut link) => {
                 self.core.connected(now);
@@ -408,19 +400,6 @@ impl Channel {
         }
     }
 
-    fn link(&self, socket: TcpStream) -> io::Result<TcpLink> {
-        let handshake = match &self.config.security {
-            Security::Plain => None,
-            Security::Tls(identity) => {
-                let handshake = Handshake::asking(identity, self.config.node.as_deref());
-                Some(handshake.map_err(io::Error::other)?)
-            }
-        };
-        let mut link = TcpLink::new(Arc::new(socket), self.source, self.generation, handshake)?;
-        link.wears_out(self.records, true);
-        Ok(link)
-    }
-
     /// An attempt failed.
     fn fail(&mut self, ring: &mut Ring, now: Instant, reason: &str, events: &mut Vec<Event>) {
         self.lost(ring, now, &Fault::Unreachable(self.config.address.clone(), reason.to_owned()), events);
@@ -430,17 +409,18 @@ impl Channel {
     fn lost(&mut self, ring: &mut Ring, now: Instant, fault: &Fault, events: &mut Vec<Event>) {
         // Between half the pause and the whole, so that many peers do not come back at the same moment.
         let jitter = u32::from(random() as u16);
-        let mut pause = self.pause / 2 + self.pause / 2 * jitter / u32::from(u16::MAX);
-        if *fault == Fault::KeysUsed {
-            pause = Duration::ZERO;
-        }
+        let pause = self.pause / 2 + self.pause / 2 * jitter / u32::from(u16::MAX);
         self.pause = (self.pause * 2).min(self.config.retry_most);
         if let State::Linked(mut link) = std::mem::replace(&mut self.state, State::Idle(now + pause)) {
             link.close(ring);
         }
         let said = self.core.farewell().map(Fault::Goodbye);
         self.core.disconnected();
-        events.push(Event::Lost { reason: said.as_ref().unwrap_or(fault).to_string() });
+        let reason = said.as_ref().unwrap_or(fault).to_string();
+        if let Some(recorder) = &mut self.core.recorder {
+            recorder.lost(&reason);
+        }
+        events.push(Event::Lost { reason });
     }
 
     /// Opens a channel that was [closed](Self::close) again, with a new session. Its names are
@@ -448,7 +428,9 @@ impl Channel {
     pub fn reopen(&mut self) {
         if matches!(self.state, State::Closed) {
             let now = Instant::now();
+            let recorder = self.core.recorder.take();
             self.core = new_session(&self.config, now);
+            self.core.recorder = recorder;
             self.state = State::Idle(now);
             self.pause = self.config.retry_first;
             (self.heard, self.doubtful, self.fault) = (false, false, None);
@@ -466,6 +448,9 @@ impl Channel {
     pub fn close(&mut self, ring: &mut Ring) -> Vec<Call> {
         let open = self.core.is_open();
         let calls = self.core.close();
+        if let Some(recorder) = &mut self.core.recorder {
+            recorder.closed();
+        }
         match std::mem::replace(&mut self.state, State::Closed) {
             State::Linked(mut link) => {
                 if open {

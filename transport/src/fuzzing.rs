@@ -10,9 +10,9 @@ use crate::core::asker::{Asker, Identity};
 use crate::core::stream::{Decoder, Outqueue};
 use crate::server::{Event, Limits, Sessions};
 use crate::sessions::Claimant;
-use crate::wire::{Body, Class, HEADER, Header, Hello, PREFACE, Preface, Status};
+use crate::wire::{Body, Class, HEADER, Header, Hello, PREFACE, Preface, Status, VERSION};
 
-const LIMITS: Limits = Limits { requests: 4, bytes: 4 << 20, sessions: 2 };
+const LIMITS: Limits = Limits { requests: 4, bytes: 4 << 20, sessions: 2, rdma: false };
 
 /// What an asking side sends, to an answering side. The first byte says in what pieces it comes.
 pub fn fuzz_requests(data: &[u8]) {
@@ -86,7 +86,7 @@ pub fn fuzz_wire(data: &[u8]) {
     if let Some((preface, hello)) = data.split_first_chunk::<PREFACE>() {
         let _ = Preface::decode(preface);
         if let Ok(hello) = Hello::decode(hello) {
-            let again = hello.encode();
+            let again = hello.encode(VERSION);
             assert!(Hello::decode(&again[PREFACE..]).is_ok());
         }
     }
@@ -140,7 +140,7 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
             (request(3, Flags::ONCE, 0, 2), b"", 0),
             (goodbye, b"done", 0),
         ],
-        hello(Role::Asking, 0).encode(),
+        hello(Role::Asking, 0).encode(1),
     );
     let replies = frames(
         &[
@@ -151,10 +151,10 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
             (id(Kind::Reply, 4), b"", 17),
             (Header::new(Kind::Goodbye), b"stopping", 0),
         ],
-        hello(Role::Answering, 4).encode(),
+        hello(Role::Answering, 4).encode(1),
     );
     let wire = request(7, Flags::ONCE, 0, 5).encode().to_vec();
-    let mut greeting = hello(Role::Asking, 0).encode();
+    let mut greeting = hello(Role::Asking, 0).encode(1);
     greeting.extend([0; 16]);
     vec![("requests", requests), ("replies", replies), ("wire", wire), ("wire", greeting)]
 }

@@ -22,6 +22,7 @@ mod pool;
 pub mod ring;
 pub mod server;
 mod sessions;
+mod trace;
 pub mod wire;
 
 pub use carrier::Carrier;

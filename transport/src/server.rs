@@ -8,14 +8,12 @@ use std::time::{Duration, Instant};
 use nix::sys::eventfd::EventFd;
 
 use crate::buffer::Buffer;
-use crate::carrier::Carrier;
 use crate::core::answerer::Answerer;
-use crate::identity::{Peer, Security};
+pub use crate::link::Carrier;
 use crate::link::Link;
 use crate::link::connect::eventfd;
 use crate::link::tcp::TcpLink;
-use crate::link::tls::RECORDS;
-use crate::link::tls::handshake::Handshake;
+use crate::metrics::Recorder;
 use crate::ring::{Completion, Ring, Source};
 use crate::sessions::Claimant;
 use crate::wire::{Body, Class, Fault, Status};
@@ -31,11 +29,13 @@ pub struct Limits {
     pub bytes: u64,
     /// Sessions at once, with those kept for peers that may come back.
     pub sessions: usize,
+    /// Whether peers may move to RDMA, whose payloads are not encrypted.
+    pub rdma: bool,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { requests: 256, bytes: 16 << 20, sessions: 256 }
+        Self { requests: 256, bytes: 16 << 20, sessions: 256, rdma: true }
     }
 }
 
@@ -54,6 +54,9 @@ pub struct Request {
     pub payload: Buffer,
     /// How many payload bytes the peer expects back at most.
     pub answer_len: usize,
+    /// Follows the request through the logs of both sides: what is logged within it carries the request's
+    /// name (`docs/metrics.md`). Disabled, and so free, unless such a log is wanted.
+    pub span: tracing::Span,
 }
 
 /// What happened on a connection.
@@ -62,16 +65,14 @@ pub enum Event {
     /// The hello is done.
     Opened {
         /// The name by which the peer calls itself; not to be trusted.
-        name: String,
-        /// Who the peer has proven to be; `None` without TLS.
-        peer: Option<Peer>,
+        peer: String,
         /// The session's identity: the same over reconnections.
         session: u128,
         /// Whether the session went on from an earlier connection, whose requests are all finished.
         resumed: bool,
-        /// What carries the connection.
-        carrier: Carrier,
     },
+    /// Something else carries the connection from now on.
+    Carrier(Carrier),
     /// A request to carry out; never one of `once` that was carried out before.
     Request(Request),
     /// The peer no longer waits for the answer to this request. It must still be answered, perhaps early
@@ -114,24 +115,10 @@ const STUCK: Duration = Duration::from_secs(60);
 /// How long a peer may take to close after all its answers are out.
 const FAREWELL: Duration = Duration::from_secs(2);
 
-/// Well behind the number at which the asking side replaces the connection, and well before what is safe.
-const RECORDS_MOST: u64 = RECORDS + RECORDS / 4;
-
-fn link(socket: Arc<TcpStream>, source: Source, security: &Security) -> Result<Box<dyn Link>, Fault> {
-    let handshake = match security {
-        Security::Plain => None,
-        Security::Tls(identity) => Some(Handshake::answering(identity)?),
-    };
-    let mut link = TcpLink::new(socket, source, 0, handshake)?;
-    link.wears_out(RECORDS_MOST, false);
-    Ok(Box::new(link))
-}
-
 impl Connection {
-    /// Takes over an accepted socket. With TLS, the peer must prove to be a node of the household before
-    /// anything else.
+    /// Takes over an accepted socket.
     #[must_use]
-    pub fn new(socket: TcpStream, sessions: Arc<Sessions>, security: &Security, ring: &mut Ring) -> Self {
+    pub fn new(socket: TcpStream, sessions: Arc<Sessions>, ring: &mut Ring) -> Self {
         let source = ring.source();
         let socket = Arc::new(socket);
         let (cut, bell) = (socket.clone(), eventfd().map(Arc::new));
@@ -149,7 +136,8 @@ impl Connection {
         };
         let core = Answerer::new(sessions, claimant, Instant::now());
         let mut fault = None;
-        let link = link(socket, source, security).map_err(|e| fault = Some(e)).ok();
+        let link = TcpLink::new(socket, source, 0);
+        let link = link.map_err(|e| fault = Some(e.into())).ok().map(|link| Box::new(link) as Box<dyn Link>);
         let bell = bell.map_err(|e| fault = Some(e.into())).ok();
         Self {
             core,
@@ -164,18 +152,24 @@ impl Connection {
         }
     }
 
+    /// Has what happens from here on counted by `recorder`; to be called before the first
+    /// [`tick`](Self::tick).
+    pub fn record(&mut self, recorder: Recorder) {
+        self.core.recorder = Some(recorder);
+    }
+
     /// Looks at a completion of the ring. `false`: it is not this connection's.
     pub fn complete(&mut self, _ring: &mut Ring, completion: Completion, events: &mut Vec<Event>) -> bool {
         if completion.token.source() != self.source {
             return false;
         }
+        self.core.at(Instant::now());
         if completion.token.payload() == BELL {
             self.bell_polled = false;
             let _ = self.bell.as_ref().map(|bell| bell.read());
             self.fault = self.fault.take().or(self.core.claim().err());
         } else if let Some(link) = &mut self.link
             && self.fault.is_none()
-            && self.core.check().is_ok()
         {
             match link.completed(completion.token.payload(), completion.result, &mut self.core) {
                 Ok(heard) => self.heard |= heard,
@@ -189,20 +183,20 @@ impl Connection {
     /// Sends what is ready, does what is due (time-outs) and returns when it wants to be called next at
     /// the latest. Call it before every wait of the ring.
     pub fn tick(&mut self, ring: &mut Ring, now: Instant, events: &mut Vec<Event>) -> Option<Instant> {
+        self.core.at(now);
+        self.core.count(self.link.as_ref().map(|link| link.carrier()));
         if std::mem::take(&mut self.heard) {
             self.doubtful = false;
             self.core.heard(now);
         }
         let due = self.clock(now);
-        self.fault = self.fault.take().or(self.core.check().err());
-        let (mut stuck, mut wants) = (None, None);
+        let mut stuck = None;
         if let Some(link) = &mut self.link {
             self.fault = self.fault.take().or(link.send(&mut self.core).err());
             stuck = link.blocked_since().map(|since| since + STUCK);
             if stuck.is_some_and(|at| at <= now) {
                 self.fault = self.fault.take().or(Some(Fault::Stuck(STUCK.as_secs())));
             }
-            wants = link.due();
             if self.core.is_drained() && link.is_flushed() && self.closes_at.is_none() {
                 link.finish();
                 self.closes_at = Some(now + FAREWELL);
@@ -218,7 +212,7 @@ impl Connection {
         self.arm(ring);
         self.core.take_events(events);
         self.link.as_ref()?;
-        [due, stuck, self.closes_at, wants].into_iter().flatten().min()
+        [due, stuck, self.closes_at].into_iter().flatten().min()
     }
 
     fn clock(&mut self, now: Instant) -> Option<Instant> {
@@ -238,7 +232,7 @@ impl Connection {
         let Some(link) = &mut self.link else { return };
         link.arm(ring);
         if let Some(bell) = &self.bell
-            && (self.core.is_waiting() || self.core.is_proven())
+            && self.core.is_waiting()
             && !self.bell_polled
         {
             ring.poll_readable(bell.as_fd().as_raw_fd(), false, self.source.token(BELL));
@@ -269,6 +263,7 @@ impl Connection {
     /// Answers the request `id`; it goes out at the next [`tick`](Self::tick). After [`Event::Closed`] the
     /// answer is kept for the session only.
     pub fn answer(&mut self, id: u64, status: Status, body: &[u8], payload: Buffer) {
+        self.core.at(Instant::now());
         self.core.answer(id, status, body, payload);
     }
 

@@ -9,7 +9,6 @@ use devices::disk::volume::opcode;
 use transport::blocking::Client;
 use transport::buffer::Buffer;
 use transport::channel::{Call, Channel, Config, Event, Names};
-use transport::identity::Security;
 use transport::ring::Ring;
 use transport::server::{self, Connection, Limits, Sessions};
 use transport::wire::{Body, Class, MAX_PAYLOAD, Status};
@@ -83,7 +82,7 @@ fn idle_memory(bench: &Bench, readings: &mut Readings) -> Result<()> {
     std::fs::File::create(&volume)?.set_len(1 << 20)?;
     let agent = Agent::start(bench, &volume, false)?;
     let connect = || -> Result<Client> {
-        let mut client = Client::new(agent.address(), "bench", &Security::Plain, None)?;
+        let mut client = Client::new(agent.address(), "bench")?;
         client.call(
             Class::Control,
             opcode::VOLUMES,
@@ -151,11 +150,10 @@ impl Peer {
         let config = Config {
             address,
             name: "bench".to_owned(),
-            security: Security::Plain,
-            node: None,
             dead_after: Duration::from_secs(10),
             retry_first: Duration::from_millis(10),
             retry_most: Duration::from_secs(1),
+            transport: Default::default(),
         };
         let names = Names::of(&config.address)?;
         let channel = Channel::new(config, names, &mut ring);
@@ -258,7 +256,7 @@ impl Drop for Peer {
 fn answer(socket: std::net::TcpStream) -> Result<()> {
     let mut ring = Ring::new(256)?;
     let sessions: Arc<Sessions> = Sessions::new("bench", Limits::default());
-    let mut connection = Connection::new(socket, sessions, &Security::Plain, &mut ring);
+    let mut connection = Connection::new(socket, sessions, &mut ring);
     let mut events = Vec::new();
     loop {
         let next = connection.tick(&mut ring, Instant::now(), &mut events);

@@ -8,11 +8,14 @@ use crate::buffer::Buffer;
 use crate::carrier::Carrier;
 use crate::core::asker::{frame, versions_only};
 use crate::core::stream::{Head, Outgoing, Peer, Place};
-use crate::link::tls::handshake::Proven;
+use crate::metrics::{Ended, Kind as Counted, Recorder};
 use crate::pool::Pool;
 use crate::server::{Event, Request};
-use crate::sessions::{Attendance, Claim, Claimant, Records, Sessions};
-use crate::wire::{Body, Class, Fault, Flags, Header, Hello, Kind, MAX_BODY, Role, Status, printable};
+use crate::sessions::{Claim, Claimant, Records, Sessions};
+use crate::trace;
+use crate::wire::{
+    Body, Class, Fault, Flags, Header, Hello, Kind, MAX_BODY, PREFACE, Role, Status, VERSION, printable,
+};
 
 /// How long a peer may take for its hello.
 const HELLO_WITHIN: Duration = Duration::from_secs(10);
@@ -44,7 +47,11 @@ struct InFlight {
     once: bool,
     cost: u64,
     answer_len: usize,
+    payload_len: usize,
     cancelled: bool,
+    since: Instant,
+    counted: Counted,
+    span: tracing::Span,
 }
 
 /// A request that is coming in.
@@ -59,9 +66,8 @@ pub(crate) struct Answerer {
     claimant: Claimant,
     phase: Phase,
     hello: Option<Hello>,
-    carrier: Carrier,
-    /// Who the peer proved to be, where a revocation finds it.
-    attendance: Option<Attendance>,
+    /// What both sides speak.
+    version: u16,
     /// Whether the session is ours to hand back.
     holds: bool,
     in_flight: HashMap<u64, InFlight>,
@@ -83,6 +89,9 @@ pub(crate) struct Answerer {
     farewell: Option<String>,
     events: Vec<Event>,
     pub(crate) pool: Pool,
+    /// The time, as far as what is counted needs it.
+    clock: Instant,
+    pub(crate) recorder: Option<Recorder>,
 }
 
 impl Answerer {
@@ -93,8 +102,7 @@ impl Answerer {
             claimant,
             phase: Phase::Greeting,
             hello: None,
-            carrier: Carrier::Tcp,
-            attendance: None,
+            version: VERSION,
             holds: false,
             in_flight: HashMap::new(),
             once_in_flight: 0,
@@ -113,6 +121,21 @@ impl Answerer {
             farewell: None,
             events: Vec::new(),
             pool,
+            clock: now,
+            recorder: None,
+        }
+    }
+
+    /// What happens from here on happens now.
+    pub(crate) fn at(&mut self, now: Instant) {
+        self.clock = now;
+    }
+
+    /// Writes down what carries the frames and how much credit is in use.
+    pub(crate) fn count(&mut self, carrier: Option<Carrier>) {
+        if let (Some(recorder), Some(carrier)) = (&mut self.recorder, carrier) {
+            recorder.carried_by(carrier);
+            recorder.used(self.used.0, self.used.1);
         }
     }
 
@@ -136,9 +159,7 @@ impl Answerer {
             boot: self.sessions.identity.boot,
             name: self.sessions.identity.name.clone(),
         };
-        let peer = self.attendance.as_ref().map(Attendance::peer);
-        let owner = peer.map(|peer| peer.name.as_str());
-        let refusal = match self.sessions.claim(hello.session, hello.serial, &self.claimant, owner) {
+        let refusal = match self.sessions.claim(hello.session, hello.serial, &self.claimant) {
             Claim::Wait => return Ok(()),
             Claim::Granted { serial, resumed, records } => {
                 (ours.serial, ours.resumed) = (serial, resumed);
@@ -146,23 +167,19 @@ impl Answerer {
                 self.holds = true;
                 self.granted = true;
                 self.phase = Phase::Open;
-                self.events.push(Event::Opened {
-                    name: hello.name.clone(),
-                    peer: peer.cloned(),
-                    session: hello.session,
-                    resumed,
-                    carrier: self.carrier,
-                });
+                if let Some(recorder) = &mut self.recorder {
+                    recorder.connected(&hello.name, resumed, (limits.requests, limits.bytes));
+                }
+                self.events.push(Event::Opened { peer: hello.name.clone(), session: hello.session, resumed });
                 None
             }
             Claim::Superseded => Some(Fault::Superseded),
             Claim::Full => Some(Fault::Full),
-            Claim::NotYours => Some(Fault::NotYours),
         };
         if refusal.is_some() {
             ours.requests = 0;
         }
-        let head = Head::from_vec(ours.encode());
+        let head = Head::from_vec(ours.encode(self.version));
         self.greeting.push_back(Outgoing { head, payload: Buffer::empty(), id: 0, cost: 0 });
         refusal.map_or(Ok(()), Err)
     }
@@ -176,6 +193,12 @@ impl Answerer {
         let fits = body.len() <= MAX_BODY && payload.len() <= request.answer_len;
         debug_assert!(fits, "the answer to request {id} fits");
         let body = &body[..body.len().min(MAX_BODY)];
+        let took = self.clock.saturating_duration_since(request.since);
+        if let Some(recorder) = &mut self.recorder {
+            let (request_bytes, answer_bytes) = (request.payload_len, payload.len());
+            recorder.ended(request.counted, &Ended { status, took, request_bytes, answer_bytes });
+        }
+        trace::answered(&request.span, status, took);
         if request.once {
             self.once_in_flight -= 1;
             if id >= self.records.acked {
@@ -209,10 +232,16 @@ impl Answerer {
             self.sessions.release(hello.session, self.claimant.number, None);
         }
         self.phase = Phase::Closed;
-        self.attendance = None;
         self.incoming = None;
         self.replies.iter_mut().for_each(VecDeque::clear);
-        let reason = self.farewell.take().unwrap_or_else(|| reason.to_string());
+        let said = self.farewell.take();
+        if let Some(recorder) = &mut self.recorder {
+            match &said {
+                Some(_) => recorder.closed(),
+                None => recorder.lost(&reason.to_string()),
+            }
+        }
+        let reason = said.unwrap_or_else(|| reason.to_string());
         self.events.push(Event::Closed { reason });
         self.release_when_done();
     }
@@ -253,16 +282,7 @@ impl Answerer {
 
     /// Tells the peer why the connection ends.
     pub(crate) fn say_goodbye(&mut self, reason: &Fault) {
-        let told = matches!(
-            reason,
-            Fault::Protocol(_)
-                | Fault::OverCredit
-                | Fault::Superseded
-                | Fault::Full
-                | Fault::NotYours
-                | Fault::Revoked(_)
-        );
-        if told {
+        if matches!(reason, Fault::Protocol(_) | Fault::OverCredit | Fault::Superseded | Fault::Full) {
             self.goodbye_due = Some(reason.to_string());
         }
     }
@@ -290,24 +310,9 @@ impl Answerer {
             || self.replies.iter().any(|queue| !queue.is_empty())
     }
 
-    /// Something came from the peer. Before its hello is there, that wins it no time.
+    /// Something came from the peer.
     pub(crate) fn heard(&mut self, now: Instant) {
-        if self.phase != Phase::Greeting {
-            self.heard = now;
-        }
-    }
-
-    /// Why the connection must end whatever else happens: the peer's certificate was revoked.
-    ///
-    /// # Errors
-    /// It was.
-    pub(crate) fn check(&self) -> Result<(), Fault> {
-        self.attendance.as_ref().map_or(Ok(()), Attendance::check)
-    }
-
-    /// Whether the peer has proven who it is.
-    pub(crate) fn is_proven(&self) -> bool {
-        self.attendance.is_some()
+        self.heard = now;
     }
 
     /// Moves the events that happened to `events`.
@@ -358,6 +363,9 @@ impl Answerer {
             if let Some((status, body)) = self.records.finished.get(&header.id).cloned() {
                 // It was carried out over an earlier connection.
                 self.used = (requests + 1, bytes + cost);
+                if let Some(recorder) = &mut self.recorder {
+                    recorder.replayed();
+                }
                 self.reply(header.id, header.class, status, &body, Buffer::empty(), cost);
                 return Ok(Place::Discard);
             }
@@ -379,6 +387,7 @@ impl Answerer {
             body: Body::from_slice(body),
             payload,
             answer_len: header.answer_len as usize,
+            span: tracing::Span::none(),
         };
         self.incoming = Some(Incoming { request, once });
         Ok(place)
@@ -386,18 +395,14 @@ impl Answerer {
 }
 
 impl Peer for Answerer {
-    fn secured(&mut self, carrier: Carrier, proven: Proven) -> Result<(), Fault> {
-        self.carrier = carrier;
-        let attendance = Attendance::new(&self.sessions, &self.claimant, proven.peer);
-        // Looked at once it is where a revocation finds it, so that none passes by a handshake.
-        if proven.security.revokes(attendance.peer()) {
-            return Err(Fault::Revoked(attendance.peer().name.clone()));
-        }
-        self.attendance = Some(attendance);
-        Ok(())
+    fn version(&mut self, version: u16) {
+        self.version = version;
     }
 
     fn hello(&mut self, hello: &[u8]) -> Result<(), Fault> {
+        if let Some(recorder) = &mut self.recorder {
+            recorder.received_frame(PREFACE + hello.len());
+        }
         let hello = Hello::decode(hello)?;
         if hello.role != Role::Asking {
             return Err(Fault::Protocol("the peer answers instead of asking"));
@@ -416,6 +421,9 @@ impl Peer for Answerer {
     fn begin(&mut self, header: &Header, body: &[u8]) -> Result<Place, Fault> {
         if !matches!(self.phase, Phase::Open | Phase::Stopping) {
             return Err(Fault::Protocol("a frame before the hello was answered"));
+        }
+        if let Some(recorder) = &mut self.recorder {
+            recorder.received_frame(header.frame_len());
         }
         match header.kind {
             Kind::Request => return self.request(header, body),
@@ -437,15 +445,37 @@ impl Peer for Answerer {
                 self.farewell = Some(printable(body));
             }
             Kind::Reply => return Err(Fault::Protocol("a reply from the asking side")),
+            Kind::Offer | Kind::Accept | Kind::Switch => {
+                return Err(Fault::Protocol("RDMA without an offer"));
+            }
         }
         Ok(Place::Discard)
     }
 
     fn end(&mut self) {
-        let Some(Incoming { request, once }) = self.incoming.take() else { return };
+        let Some(Incoming { mut request, once }) = self.incoming.take() else { return };
         let cost = (request.payload.len() + request.answer_len) as u64;
-        let entry =
-            InFlight { class: request.class, once, cost, answer_len: request.answer_len, cancelled: false };
+        let counted = match &mut self.recorder {
+            None => Counted::default(),
+            Some(recorder) => {
+                let counted = recorder.kind(request.class, request.opcode);
+                recorder.begun(counted);
+                counted
+            }
+        };
+        let session = self.hello.as_ref().map_or(0, |hello| hello.session);
+        request.span = trace::received(session, &request, self.recorder.as_ref());
+        let entry = InFlight {
+            class: request.class,
+            once,
+            cost,
+            answer_len: request.answer_len,
+            payload_len: request.payload.len(),
+            cancelled: false,
+            since: self.clock,
+            counted,
+            span: request.span.clone(),
+        };
         self.once_in_flight += usize::from(once);
         self.in_flight.insert(request.id, entry);
         self.events.push(Event::Request(request));
@@ -468,6 +498,9 @@ impl Peer for Answerer {
     }
 
     fn sent(&mut self, frame: &Outgoing) {
+        if let Some(recorder) = &mut self.recorder {
+            recorder.sent_frame(frame.len());
+        }
         if frame.id != 0 {
             self.used.0 = self.used.0.saturating_sub(1);
             self.used.1 = self.used.1.saturating_sub(frame.cost);
@@ -492,7 +525,6 @@ impl Drop for Answerer {
 mod tests {
     use super::*;
     use crate::server::Limits;
-    use crate::wire::PREFACE;
 
     fn answerer(sessions: &Arc<Sessions>, now: Instant) -> Answerer {
         let claimant = Claimant { number: sessions.number(), cut: Arc::new(|| ()), wake: Arc::new(|| ()) };
@@ -501,7 +533,7 @@ mod tests {
 
     /// A connection that waits for the session of one that is cut and has request 1 in flight.
     fn waiting(now: Instant) -> (Answerer, Answerer) {
-        let limits = Limits { requests: 4, bytes: 1 << 20, sessions: 2 };
+        let limits = Limits { requests: 4, bytes: 1 << 20, sessions: 2, rdma: false };
         let sessions = Sessions::new("test", limits);
         let hello = Hello {
             role: Role::Asking,
@@ -517,7 +549,7 @@ mod tests {
             name: "peer".into(),
         };
         // The stream reads the preface.
-        let hello = hello.encode().split_off(PREFACE);
+        let hello = hello.encode(VERSION).split_off(PREFACE);
         let (mut first, mut second) = (answerer(&sessions, now), answerer(&sessions, now));
         first.hello(&hello).expect("it is served");
         let request = Header { id: 1, ..Header::new(Kind::Request) };

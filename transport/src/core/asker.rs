@@ -8,9 +8,11 @@ use crate::carrier::Carrier;
 use crate::channel::{Answer, Call, Event};
 use crate::core::stream::{Head, Outgoing, Peer, Place};
 use crate::core::table::{Pending, Table};
-use crate::link::tls::handshake::Proven;
+use crate::metrics::{Ended, Kind as Counted, Recorder};
+use crate::trace;
 use crate::wire::{
-    Body, Class, Fault, Flags, Header, Hello, Kind, MAX_BODY, MAX_PAYLOAD, Preface, Role, Status, printable,
+    Body, Class, Fault, Flags, Header, Hello, Kind, MAX_BODY, MAX_PAYLOAD, PREFACE, Preface, Role, Status,
+    VERSION, printable,
 };
 
 /// Who a side is.
@@ -87,9 +89,10 @@ pub(crate) struct Asker {
     /// No deadline is earlier than this.
     earliest: Option<Instant>,
     farewell: Option<String>,
-    carrier: Carrier,
-    proven: Option<Proven>,
     events: Vec<Event>,
+    /// The time, as far as what is counted needs it.
+    clock: Instant,
+    pub(crate) recorder: Option<Recorder>,
 }
 
 impl Asker {
@@ -119,10 +122,15 @@ impl Asker {
             ticked: now,
             earliest: None,
             farewell: None,
-            carrier: Carrier::Tcp,
-            proven: None,
             events: Vec::new(),
+            clock: now,
+            recorder: None,
         }
+    }
+
+    /// What happens from here on happens now.
+    pub(crate) fn at(&mut self, now: Instant) {
+        self.clock = now;
     }
 
     /// Takes a call.
@@ -140,7 +148,15 @@ impl Asker {
             self.earliest = Some(self.earliest.map_or(deadline, |e| e.min(deadline)));
         }
         let (class, setup) = (call.class, call.setup);
-        let slot = self.table.insert(call);
+        let kind = match &mut self.recorder {
+            None => Counted::default(),
+            Some(recorder) => {
+                let kind = recorder.kind(class, call.opcode);
+                recorder.begun(kind);
+                kind
+            }
+        };
+        let slot = self.table.insert(call, self.clock, kind);
         self.queue(slot, class, setup);
     }
 
@@ -164,12 +180,6 @@ impl Asker {
         self.heard = now;
         self.pinged = None;
         self.farewell = None;
-        (self.carrier, self.proven) = (Carrier::Tcp, None);
-    }
-
-    /// Who the peer proved to be on the connection that lasts.
-    pub(crate) fn proven(&self) -> Option<&Proven> {
-        self.proven.as_ref()
     }
 
     /// The connection is gone: everything without an answer will be sent again.
@@ -276,9 +286,13 @@ impl Asker {
                 self.earliest = Some(self.earliest.map_or(deadline, |e| e.min(deadline)));
                 continue;
             }
-            let id = pending.id;
+            let (id, kind) = (pending.id, pending.kind);
+            pending.span.in_scope(|| tracing::trace!(target: trace::TARGET, "The deadline passed"));
             expired(id, self.incoming.as_ref().is_some_and(|incoming| incoming.id == id));
             let Some(call) = pending.call.take() else { continue };
+            if let Some(recorder) = &mut self.recorder {
+                recorder.expired(kind);
+            }
             if pending.sent {
                 // The entry stays until the peer answers or the connection ends: the credit is in use.
                 self.table.confirm(id);
@@ -297,7 +311,11 @@ impl Asker {
     pub(crate) fn close(&mut self) -> Vec<Call> {
         let mut calls = Vec::new();
         for slot in self.table.in_order() {
-            calls.extend(self.table.remove(slot).and_then(|pending| pending.call));
+            let Some(Pending { call: Some(call), kind, .. }) = self.table.remove(slot) else { continue };
+            if let Some(recorder) = &mut self.recorder {
+                recorder.dropped(kind);
+            }
+            calls.push(call);
         }
         calls.append(&mut self.refused);
         self.disconnected();
@@ -323,26 +341,38 @@ impl Asker {
                 return Err(Fault::Protocol("a hello that resumes a session of which we know nothing"));
             }
             self.phase = if self.set_up { Phase::Up } else { Phase::Setup };
-            self.events.push(Event::Resumed { carrier: self.carrier });
+            self.count_connection(&hello);
+            self.events.push(Event::Resumed);
             return Ok(());
         }
         for slot in std::mem::take(&mut self.setup) {
-            if let Some(call) = self.table.remove(slot).and_then(|pending| pending.call) {
-                self.events.push(Event::Answer(answer(call, Status::CANCELLED)));
+            let Some(Pending { call: Some(call), kind, .. }) = self.table.remove(slot) else { continue };
+            if let Some(recorder) = &mut self.recorder {
+                recorder.dropped(kind);
             }
+            self.events.push(Event::Answer(answer(call, Status::CANCELLED)));
         }
         self.table.forget_ids();
         self.serial = hello.serial;
         self.set_up = false;
         self.phase = Phase::Setup;
-        self.events.push(Event::Opened {
-            instance: hello.instance,
-            boot: hello.boot,
-            name: hello.name,
-            peer: self.proven.as_ref().map(|proven| proven.peer.clone()),
-            carrier: self.carrier,
-        });
+        self.count_connection(&hello);
+        self.events.push(Event::Opened { instance: hello.instance, boot: hello.boot, peer: hello.name });
         Ok(())
+    }
+
+    fn count_connection(&mut self, hello: &Hello) {
+        if let Some(recorder) = &mut self.recorder {
+            recorder.connected(&hello.name, hello.resumed, (hello.requests, hello.bytes));
+        }
+    }
+
+    /// Writes down what carries the frames and how much credit is in use.
+    pub(crate) fn count(&mut self, carrier: Option<Carrier>) {
+        if let (Some(recorder), Some(carrier)) = (&mut self.recorder, carrier) {
+            recorder.carried_by(carrier);
+            recorder.used(self.used.requests, self.used.bytes);
+        }
     }
 
     fn our_hello(&self) -> Outgoing {
@@ -359,7 +389,7 @@ impl Asker {
             boot: self.identity.boot,
             name: self.identity.name.clone(),
         };
-        Outgoing { head: Head::from_vec(hello.encode()), payload: Buffer::empty(), id: 0, cost: 0 }
+        Outgoing { head: Head::from_vec(hello.encode(VERSION)), payload: Buffer::empty(), id: 0, cost: 0 }
     }
 
     fn control(&self, mut header: Header, body: &[u8]) -> Outgoing {
@@ -405,6 +435,15 @@ impl Asker {
         let payload = call.payload.slice(0, call.payload.len())?;
         let out = frame(&header, &call.body, payload, pending.cost);
         pending.sent = true;
+        let again = std::mem::replace(&mut pending.went, true);
+        if let Some(recorder) = &mut self.recorder {
+            if again {
+                recorder.replayed();
+            } else {
+                recorder.sent(pending.kind, self.clock.saturating_duration_since(pending.since));
+            }
+        }
+        trace::sent(&mut pending.span, self.session, &header, self.recorder.as_ref(), again);
         let (cost, bulk) = (pending.cost, pending.class == Class::Bulk);
         for used in std::iter::once(&mut self.used).chain(bulk.then_some(&mut self.bulk)) {
             used.requests += 1;
@@ -440,18 +479,21 @@ impl Asker {
 }
 
 impl Peer for Asker {
-    fn secured(&mut self, carrier: Carrier, proven: Proven) -> Result<(), Fault> {
-        (self.carrier, self.proven) = (carrier, Some(proven));
-        Ok(())
-    }
-
     fn hello(&mut self, hello: &[u8]) -> Result<(), Fault> {
+        if let Some(recorder) = &mut self.recorder {
+            recorder.received_frame(PREFACE + hello.len());
+        }
         self.opened(Hello::decode(hello)?)
     }
+
+    fn version(&mut self, _version: u16) {}
 
     fn other_version(&mut self) {}
 
     fn begin(&mut self, header: &Header, body: &[u8]) -> Result<Place, Fault> {
+        if let Some(recorder) = &mut self.recorder {
+            recorder.received_frame(header.frame_len());
+        }
         match header.kind {
             Kind::Reply => {}
             Kind::Ping => {
@@ -465,6 +507,9 @@ impl Peer for Asker {
                 return Ok(Place::Discard);
             }
             Kind::Request | Kind::Cancel => return Err(Fault::Protocol("a request from the answering side")),
+            Kind::Offer | Kind::Accept | Kind::Switch => {
+                return Err(Fault::Protocol("RDMA without an offer"));
+            }
         }
         let pending = self.table.find(header.id).and_then(|slot| self.table.get(slot));
         let Some(pending) = pending.filter(|pending| pending.sent) else {
@@ -497,6 +542,12 @@ impl Peer for Asker {
             used.bytes = used.bytes.saturating_sub(pending.cost);
         }
         if let Some(Call { tag, payload, answer, .. }) = pending.call {
+            let took = self.clock.saturating_duration_since(pending.since);
+            if let Some(recorder) = &mut self.recorder {
+                let (request_bytes, answer_bytes) = (payload.len(), received);
+                recorder.ended(pending.kind, &Ended { status, took, request_bytes, answer_bytes });
+            }
+            trace::answered(&pending.span, status, took);
             self.events.push(Event::Answer(Answer { tag, status, body, payload, answer, received }));
         }
     }
@@ -527,7 +578,11 @@ impl Peer for Asker {
         self.next_request()
     }
 
-    fn sent(&mut self, _frame: &Outgoing) {}
+    fn sent(&mut self, frame: &Outgoing) {
+        if let Some(recorder) = &mut self.recorder {
+            recorder.sent_frame(frame.len());
+        }
+    }
 }
 
 /// A frame of `header`, whose lengths are set here.

@@ -16,7 +16,7 @@ use crate::sessions::{Claimant, Sessions};
 use crate::wire::{Body, Class, Fault, Status};
 
 /// Small limits, so that they are reached.
-const LIMITS: Limits = Limits { requests: 6, bytes: 4 << 20, sessions: 2 };
+const LIMITS: Limits = Limits { requests: 6, bytes: 4 << 20, sessions: 2, rdma: false };
 
 /// Calls in one run.
 const CALLS: u64 = 300;
@@ -143,7 +143,8 @@ impl World {
                     self.opened += 1;
                     self.set_up();
                 }
-                channel::Event::Resumed { .. } => self.resumed += 1,
+                channel::Event::Resumed => self.resumed += 1,
+                channel::Event::Carrier { .. } => {}
                 channel::Event::Lost { reason } => panic!("the core loses nothing by itself: {reason}"),
                 channel::Event::Answer(answer) => {
                     let earlier = self.answered.insert(answer.tag, answer.status);
@@ -319,7 +320,7 @@ impl World {
                     assert!(request.payload.to_vec().iter().all(|byte| *byte == number as u8));
                     wire.requests.push(request);
                 }
-                server::Event::Cancel { .. } | server::Event::Closed { .. } => {}
+                server::Event::Carrier(_) | server::Event::Cancel { .. } | server::Event::Closed { .. } => {}
             }
         }
     }

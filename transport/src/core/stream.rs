@@ -6,9 +6,7 @@ use std::collections::VecDeque;
 use smallvec::SmallVec;
 
 use crate::buffer::Buffer;
-use crate::carrier::Carrier;
-use crate::link::tls::handshake::Proven;
-use crate::wire::{Fault, HEADER, HELLO_MOST, Header, PREFACE, Preface};
+use crate::wire::{Fault, HEADER, HELLO_MOST, Header, OLDEST_VERSION, PREFACE, Preface};
 
 /// Bytes taken from the queues ahead of the network. What is ahead goes out before anything more urgent.
 pub(crate) const AHEAD: usize = 256 << 10;
@@ -36,7 +34,8 @@ pub(crate) struct Outgoing {
 }
 
 impl Outgoing {
-    fn len(&self) -> usize {
+    /// Its bytes on the wire.
+    pub(crate) fn len(&self) -> usize {
         self.head.len() + self.payload.len()
     }
 }
@@ -52,8 +51,8 @@ pub(crate) enum Place {
 
 /// One side of the protocol, as a link sees it.
 pub(crate) trait Peer {
-    /// The connection is encrypted, and the other side has proven who it is. Comes before everything else.
-    fn secured(&mut self, carrier: Carrier, proven: Proven) -> Result<(), Fault>;
+    /// The other side's preface came: the newest version that both speak.
+    fn version(&mut self, version: u16);
     /// The other side's hello came (what follows the preface).
     fn hello(&mut self, hello: &[u8]) -> Result<(), Fault>;
     /// The other side speaks no version that we do.
@@ -75,6 +74,7 @@ pub(crate) struct Decoder {
     place: Place,
     filled: usize,
     len: usize,
+    version: u16,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -88,7 +88,14 @@ enum Stage {
 impl Decoder {
     /// At the start of a connection: the first bytes are a hello.
     pub(crate) fn new() -> Self {
-        Self { stage: Stage::Preface, partial: SmallVec::new(), place: Place::Discard, filled: 0, len: 0 }
+        Self {
+            stage: Stage::Preface,
+            partial: SmallVec::new(),
+            place: Place::Discard,
+            filled: 0,
+            len: 0,
+            version: OLDEST_VERSION,
+        }
     }
 
     /// Takes all of `bytes`.
@@ -128,14 +135,6 @@ impl Decoder {
 
     /// Handles the preface, hello or frame head at the start of `bytes`; 0 if it is not all there.
     fn head(&mut self, bytes: &[u8], peer: &mut dyn Peer) -> Result<usize, Fault> {
-        if self.stage == Stage::Preface {
-            // Something else may be shorter and then wait for us for ever.
-            Preface::begins(bytes).inspect_err(|fault| {
-                if *fault == Fault::TlsPeer {
-                    peer.other_version();
-                }
-            })?;
-        }
         let want = wanted(self.stage, self.len, bytes);
         let Some(whole) = bytes.get(..want) else { return Ok(0) };
         match self.stage {
@@ -146,6 +145,8 @@ impl Decoder {
                         peer.other_version();
                     }
                 })?;
+                self.version = preface.common();
+                peer.version(self.version);
                 self.stage = Stage::Hello;
                 self.len = usize::from(preface.len).min(HELLO_MOST);
                 if self.len == 0 {
@@ -159,6 +160,9 @@ impl Decoder {
             Stage::Head | Stage::Payload => {
                 let Some((head, body)) = whole.split_first_chunk::<HEADER>() else { return Ok(0) };
                 let header = Header::decode(head)?;
+                if header.kind.since() > self.version {
+                    return Err(Fault::Protocol("a frame of a version that was not agreed on"));
+                }
                 self.place = peer.begin(&header, body)?;
                 (self.len, self.filled) = (header.payload_len as usize, 0);
                 if let Place::Buffer(buffer) = &self.place {
@@ -252,30 +256,6 @@ impl Outqueue {
     /// Whether there is nothing to send.
     pub(crate) fn is_empty(&self) -> bool {
         self.frames.is_empty()
-    }
-
-    /// How many bytes there are to send.
-    pub(crate) fn len(&self) -> usize {
-        self.bytes
-    }
-
-    /// Copies the first bytes to send to `into`, and returns how many.
-    pub(crate) fn read(&self, into: &mut [u8]) -> usize {
-        let (mut skip, mut filled) = (self.offset, 0);
-        for frame in &self.frames {
-            if filled == into.len() {
-                break;
-            }
-            if let Some(head) = frame.head.get(skip..) {
-                let n = head.len().min(into.len() - filled);
-                into[filled..filled + n].copy_from_slice(&head[..n]);
-                filled += n;
-            }
-            let skipped = skip.saturating_sub(frame.head.len());
-            filled += frame.payload.read_at(skipped, &mut into[filled..]);
-            skip = 0;
-        }
-        filled
     }
 
     /// The bytes to send, as segments. They are valid until this queue changes.

@@ -2,10 +2,12 @@
 //! in the order of sending and the peer has to remember only what it saw.
 
 use std::collections::VecDeque;
+use std::time::Instant;
 
 use slab::Slab;
 
 use crate::channel::Call;
+use crate::metrics::Kind;
 use crate::wire::Class;
 
 /// A request that has no answer yet.
@@ -19,6 +21,14 @@ pub(crate) struct Pending {
     pub(crate) order: u64,
     /// Whether it holds credit: it went out on the connection that lasts.
     pub(crate) sent: bool,
+    /// Whether it went out on any connection.
+    pub(crate) went: bool,
+    /// When it was submitted.
+    pub(crate) since: Instant,
+    /// Where it is counted.
+    pub(crate) kind: Kind,
+    /// Follows it through the logs of both sides.
+    pub(crate) span: tracing::Span,
     pub(crate) class: Class,
     pub(crate) once: bool,
     pub(crate) setup: bool,
@@ -46,12 +56,16 @@ impl Table {
     }
 
     /// Adds a call; returns its slot.
-    pub(crate) fn insert(&mut self, call: Call) -> usize {
+    pub(crate) fn insert(&mut self, call: Call, since: Instant, kind: Kind) -> usize {
         self.submitted += 1;
         self.pending.insert(Pending {
             id: 0,
             order: self.submitted,
             sent: false,
+            went: false,
+            since,
+            kind,
+            span: tracing::Span::none(),
             class: call.class,
             once: call.once,
             setup: call.setup,
@@ -169,7 +183,9 @@ mod tests {
     #[test]
     fn the_watermark_is_the_first_once_request_without_an_answer() {
         let mut table = Table::new();
-        let slots: Vec<usize> = [true, false, true, true].map(|once| table.insert(call(once))).into();
+        let slots: Vec<usize> = [true, false, true, true]
+            .map(|once| table.insert(call(once), Instant::now(), Kind::default()))
+            .into();
         assert_eq!(table.acked(), 1, "nothing went out yet");
         slots.iter().for_each(|slot| table.number(*slot));
         assert_eq!((table.acked(), table.unconfirmed()), (1, 3));

@@ -1,13 +1,13 @@
-//! What carries frames between two sides: TCP, with TLS between the socket and the decoder unless it is
-//! switched off; a [`Channel`](crate::channel::Channel) and a
+//! What carries frames between two sides: TCP today. TLS goes between the socket and the decoder, RDMA
+//! replaces both; a [`Channel`](crate::channel::Channel) and a
 //! [`Connection`](crate::server::Connection) see only this trait.
 
 pub(crate) mod connect;
 pub(crate) mod tcp;
-pub(crate) mod tls;
 
 use std::time::Instant;
 
+pub use crate::carrier::Carrier;
 use crate::core::stream::Peer;
 use crate::ring::Ring;
 use crate::wire::Fault;
@@ -33,9 +33,6 @@ pub(crate) trait Link: Send {
     /// Whether the network took all that was handed to it.
     fn is_flushed(&self) -> bool;
 
-    /// When it wants to be asked to [`send`](Self::send) next at the latest, of its own.
-    fn due(&self) -> Option<Instant>;
-
     /// Since when the network takes nothing, if it does not.
     fn blocked_since(&self) -> Option<Instant>;
 
@@ -44,6 +41,9 @@ pub(crate) trait Link: Send {
 
     /// Whether the other side's hello came.
     fn greeted(&self) -> bool;
+
+    /// What carries the frames.
+    fn carrier(&self) -> Carrier;
 
     /// Nothing more will be sent; the other side sees the end of the stream after all that was.
     fn finish(&mut self);

@@ -54,6 +54,7 @@ pub struct Metrics {
     connects: AtomicU64,
     resumptions: AtomicU64,
     losses: AtomicU64,
+    failed_attempts: AtomicU64,
     sent_bytes: AtomicU64,
     received_bytes: AtomicU64,
     replays: AtomicU64,
@@ -73,6 +74,7 @@ impl Metrics {
             connects: 0.into(),
             resumptions: 0.into(),
             losses: 0.into(),
+            failed_attempts: 0.into(),
             sent_bytes: 0.into(),
             received_bytes: 0.into(),
             replays: 0.into(),
@@ -102,6 +104,7 @@ impl Metrics {
             connects: get(&self.connects),
             resumptions: get(&self.resumptions),
             losses: get(&self.losses),
+            failed_attempts: get(&self.failed_attempts),
             last_loss,
             sent_bytes: get(&self.sent_bytes),
             received_bytes: get(&self.received_bytes),
@@ -230,7 +233,8 @@ impl Recorder {
 
     /// The connection, or an attempt at one, is over.
     pub(crate) fn lost(&mut self, reason: &str) {
-        add(&self.0.losses, 1);
+        let open = self.0.connections.load(Ordering::Relaxed) != 0;
+        add(if open { &self.0.losses } else { &self.0.failed_attempts }, 1);
         self.closed();
         self.0.texts().last_loss = Some(reason.to_owned());
     }
@@ -309,5 +313,8 @@ mod tests {
         let seen = recorder.metrics().snapshot();
         assert_eq!((seen.credit, seen.connections, seen.losses), (Credit::default(), 0, 1));
         assert_eq!(seen.last_loss.as_deref(), Some("the cable"));
+        recorder.lost("nobody there");
+        let seen = recorder.metrics().snapshot();
+        assert_eq!((seen.losses, seen.failed_attempts), (1, 1), "an attempt is no connection");
     }
 }

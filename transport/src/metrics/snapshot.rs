@@ -18,9 +18,11 @@ pub struct Snapshot {
     pub connects: u64,
     /// Those of them that went on with an earlier connection's session.
     pub resumptions: u64,
-    /// Connections that were lost, and attempts that failed.
+    /// Connections that were lost.
     pub losses: u64,
-    /// Why the last one was.
+    /// Attempts to connect that failed before the hello was done.
+    pub failed_attempts: u64,
+    /// Why the last connection or attempt was lost.
     pub last_loss: Option<String>,
     /// Bytes of frames and hellos that were handed to the network.
     pub sent_bytes: u64,
@@ -130,6 +132,7 @@ impl Snapshot {
         self.connects += other.connects;
         self.resumptions += other.resumptions;
         self.losses += other.losses;
+        self.failed_attempts += other.failed_attempts;
         self.sent_bytes += other.sent_bytes;
         self.received_bytes += other.received_bytes;
         self.replays += other.replays;
@@ -158,6 +161,7 @@ impl Snapshot {
             connects: self.connects.saturating_sub(earlier.connects),
             resumptions: self.resumptions.saturating_sub(earlier.resumptions),
             losses: self.losses.saturating_sub(earlier.losses),
+            failed_attempts: self.failed_attempts.saturating_sub(earlier.failed_attempts),
             sent_bytes: self.sent_bytes.saturating_sub(earlier.sent_bytes),
             received_bytes: self.received_bytes.saturating_sub(earlier.received_bytes),
             replays: self.replays.saturating_sub(earlier.replays),

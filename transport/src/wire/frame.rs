@@ -21,6 +21,22 @@ pub(crate) enum Kind {
     Pong = 5,
     /// The connection ends; the body says why.
     Goodbye = 6,
+    /// Version 2: the asking side offers to move to RDMA; the body says where it can be reached.
+    Offer = 7,
+    /// Version 2: the answer to an offer. Code 0 and parameters, or why not.
+    Accept = 8,
+    /// Version 2: everything that the sender sends after this frame goes over RDMA.
+    Switch = 9,
+}
+
+impl Kind {
+    /// The first version of the format that has it.
+    pub(crate) fn since(self) -> u16 {
+        match self {
+            Self::Request | Self::Reply | Self::Cancel | Self::Ping | Self::Pong | Self::Goodbye => 1,
+            Self::Offer | Self::Accept | Self::Switch => super::RDMA_SINCE,
+        }
+    }
 }
 
 /// Bits of [`Header::flags`].
@@ -67,6 +83,11 @@ impl Header {
         }
     }
 
+    /// How many bytes the whole frame has.
+    pub(crate) fn frame_len(&self) -> usize {
+        HEADER + usize::from(self.body_len) + self.payload_len as usize
+    }
+
     /// The bytes on the wire.
     pub(crate) fn encode(&self) -> [u8; HEADER] {
         let mut bytes = [0; HEADER];
@@ -85,7 +106,7 @@ impl Header {
     /// Reads and checks a header.
     ///
     /// # Errors
-    /// A field has a value that version 1 does not know, or one that its kind does not allow.
+    /// A field has a value that no version knows, or one that its kind does not allow.
     pub(crate) fn decode(bytes: &[u8; HEADER]) -> Result<Self, Fault> {
         let [kind, class, c0, c1, f0, f1, b0, b1, p0, p1, p2, p3, a0, a1, a2, a3, ids @ ..] = *bytes;
         let kind = match kind {
@@ -95,6 +116,9 @@ impl Header {
             4 => Kind::Ping,
             5 => Kind::Pong,
             6 => Kind::Goodbye,
+            7 => Kind::Offer,
+            8 => Kind::Accept,
+            9 => Kind::Switch,
             _ => return Err(Fault::Protocol("a frame of an unknown kind")),
         };
         let class = match class {
@@ -142,7 +166,8 @@ impl Header {
         if self.answer_len != 0 && (self.kind != Kind::Request || self.flags & Flags::ONCE != 0) {
             return Err(Fault::Protocol("an answer length on a frame that has none"));
         }
-        if self.body_len != 0 && !carries && self.kind != Kind::Goodbye {
+        let says = matches!(self.kind, Kind::Goodbye | Kind::Offer | Kind::Accept);
+        if self.body_len != 0 && !carries && !says {
             return Err(Fault::Protocol("a body on a frame that has none"));
         }
         Ok(())

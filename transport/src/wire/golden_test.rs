@@ -44,7 +44,12 @@ fn hello() -> Hello {
 
 #[test]
 fn a_hello_has_the_recorded_bytes() {
-    assert_eq!(hello().encode(), HELLO);
+    assert_eq!(hello().encode(1), HELLO);
+    let mut second = HELLO;
+    (second[8], second[10]) = (2, 2);
+    assert_eq!(hello().encode(2), second, "version 2 changed nothing in the hello");
+    let asking = Hello { role: Role::Asking, ..hello() }.encode(1);
+    assert_eq!(asking[8..12], [1, 0, 2, 0], "the asking side names all that it speaks");
     let (preface, rest) = HELLO.split_first_chunk::<PREFACE>().expect("it is longer");
     assert_eq!(Preface::decode(preface), Ok(Preface { oldest: 1, newest: 1, len: 93 }));
     assert_eq!(Hello::decode(rest), Ok(hello()));
@@ -71,7 +76,15 @@ fn frames_have_the_recorded_bytes() {
         Header { class: Class::Normal, code: 5, payload_len: 1 << 20, id: 9, ..Header::new(Kind::Reply) };
     assert_eq!(reply.encode(), REPLY);
     assert_eq!(Header::decode(&REPLY), Ok(reply));
-    for (kind, byte) in [(Kind::Cancel, 3), (Kind::Ping, 4), (Kind::Pong, 5), (Kind::Goodbye, 6)] {
+    for (kind, byte) in [
+        (Kind::Cancel, 3),
+        (Kind::Ping, 4),
+        (Kind::Pong, 5),
+        (Kind::Goodbye, 6),
+        (Kind::Offer, 7),
+        (Kind::Accept, 8),
+        (Kind::Switch, 9),
+    ] {
         assert_eq!(Header::new(kind).encode()[0], byte);
     }
 }
@@ -85,7 +98,7 @@ fn each_field_beyond_its_limit_is_refused() {
     };
     for (at, bytes, why) in [
         (0, &[0][..], "kind"),
-        (0, &[7], "kind"),
+        (0, &[10], "kind"),
         (1, &[4], "class"),
         (4, &[2, 0], "flags"),
         (5, &[0x80], "flags"),

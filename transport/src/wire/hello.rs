@@ -8,7 +8,7 @@ pub(crate) const PREFACE: usize = 16;
 /// Longest hello after the preface in bytes, in any version.
 pub(crate) const HELLO_MOST: usize = 512;
 
-/// Length of a version 1 hello after the preface in bytes, without the name.
+/// Length of a hello after the preface in bytes, without the name.
 const FIXED: usize = 88;
 
 const MAGIC: [u8; 8] = *b"omega\r\n\x1a";
@@ -30,6 +30,16 @@ impl Preface {
         Self { oldest: OLDEST_VERSION, newest: VERSION, len: len as u16 }
     }
 
+    /// The preface of an answering side that chose `version`.
+    pub(crate) fn chosen(version: u16, len: usize) -> Self {
+        Self { oldest: version, newest: version, len: len as u16 }
+    }
+
+    /// The newest version that its sender and this program speak.
+    pub(crate) fn common(&self) -> u16 {
+        self.newest.min(VERSION)
+    }
+
     /// The bytes on the wire.
     pub(crate) fn encode(&self) -> [u8; PREFACE] {
         let mut bytes = [0; PREFACE];
@@ -38,20 +48,6 @@ impl Preface {
         bytes[10..12].copy_from_slice(&self.newest.to_le_bytes());
         bytes[12..14].copy_from_slice(&self.len.to_le_bytes());
         bytes
-    }
-
-    /// Whether `bytes` may be how a preface begins.
-    ///
-    /// # Errors
-    /// They are not.
-    pub(crate) fn begins(bytes: &[u8]) -> Result<(), Fault> {
-        match bytes {
-            // A record of TLS: of a type, version 3.x.
-            [20..=23] => Ok(()),
-            [20..=23, 3, ..] => Err(Fault::TlsPeer),
-            _ if MAGIC.iter().zip(bytes).all(|(ours, theirs)| ours == theirs) => Ok(()),
-            _ => Err(Fault::NotOmega),
-        }
     }
 
     /// Reads and checks a preface.
@@ -86,7 +82,7 @@ pub(crate) enum Role {
     Answering = 2,
 }
 
-/// A version 1 hello.
+/// A hello of versions 1 and 2.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Hello {
     pub(crate) role: Role,
@@ -109,11 +105,17 @@ pub(crate) struct Hello {
 }
 
 impl Hello {
-    /// The bytes on the wire, with the preface.
-    pub(crate) fn encode(&self) -> Vec<u8> {
+    /// The bytes on the wire, with the preface: that of the asking side names all versions that it speaks,
+    /// that of the answering side `version`, which it chose.
+    pub(crate) fn encode(&self, version: u16) -> Vec<u8> {
         let name = &self.name.as_bytes()[..self.name.len().min(64)];
         let mut bytes = Vec::with_capacity(PREFACE + FIXED + name.len());
-        bytes.extend_from_slice(&Preface::ours(FIXED + name.len()).encode());
+        let len = FIXED + name.len();
+        let preface = match self.role {
+            Role::Asking => Preface::ours(len),
+            Role::Answering => Preface::chosen(version, len),
+        };
+        bytes.extend_from_slice(&preface.encode());
         bytes.push(self.role as u8);
         bytes.push(u8::from(self.resumed));
         bytes.extend_from_slice(&(name.len() as u16).to_le_bytes());

@@ -7,10 +7,9 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use transport::Carrier;
 use transport::buffer::Buffer;
 use transport::channel::{Answer, Call, Channel, Config, Event, Names};
-use transport::identity::{Peer, Security};
+use transport::metrics::{Metrics, Operations, Recorder, Registration, Registry};
 use transport::ring::Ring;
 use transport::server::{self, Connection, Limits, Request, Sessions};
 use transport::wire::{Body, Class, Status};
@@ -24,6 +23,10 @@ pub const SLOW: u16 = 258;
 /// Never answered until the connection is closed.
 pub const NEVER: u16 = 259;
 
+/// Their names.
+pub const OPERATIONS: Operations =
+    Operations(&[(ECHO, "echo"), (COUNT, "count"), (SLOW, "slow"), (NEVER, "never")]);
+
 /// A server and its threads.
 pub struct Server {
     pub address: SocketAddr,
@@ -34,10 +37,10 @@ pub struct Server {
     pub sockets: Arc<Mutex<Vec<TcpStream>>>,
     /// Why connections ended.
     pub closed: Arc<Mutex<Vec<String>>>,
-    /// Who proved to be connected, and by what.
-    pub opened: Arc<Mutex<Vec<(Option<Peer>, Carrier)>>>,
     pub stop: Arc<AtomicBool>,
     pub most_in_flight: Arc<AtomicU64>,
+    /// What its connections count.
+    pub registry: Arc<Registry>,
     accept: Option<JoinHandle<()>>,
 }
 
@@ -46,16 +49,7 @@ impl Server {
         Self::at("127.0.0.1:0", limits)
     }
 
-    /// With TLS, as the identity says.
-    pub fn secured(limits: Limits, security: Security) -> Self {
-        Self::with("127.0.0.1:0", limits, security)
-    }
-
     pub fn at(address: &str, limits: Limits) -> Self {
-        Self::with(address, limits, Security::Plain)
-    }
-
-    fn with(address: &str, limits: Limits, security: Security) -> Self {
         let deadline = Instant::now() + Duration::from_secs(5);
         let listener = loop {
             match TcpListener::bind(address) {
@@ -71,17 +65,17 @@ impl Server {
             counts: Arc::default(),
             sockets: Arc::default(),
             closed: Arc::default(),
-            opened: Arc::default(),
             stop: Arc::default(),
             most_in_flight: Arc::default(),
+            registry: Registry::new(4),
             accept: None,
         };
-        let (sessions, counts, sockets, closed, opened, stop, most) = (
+        let (registry, sessions, counts, sockets, closed, stop, most) = (
+            server.registry.clone(),
             server.sessions.clone(),
             server.counts.clone(),
             server.sockets.clone(),
             server.closed.clone(),
-            server.opened.clone(),
             server.stop.clone(),
             server.most_in_flight.clone(),
         );
@@ -92,11 +86,16 @@ impl Server {
                     break;
                 }
                 sockets.lock().unwrap().push(socket.try_clone().unwrap());
-                let (sessions, counts, closed, stop, most) =
-                    (sessions.clone(), counts.clone(), closed.clone(), stop.clone(), most.clone());
-                let (security, opened) = (security.clone(), opened.clone());
+                let (registry, sessions, counts, closed, stop, most) = (
+                    registry.clone(),
+                    sessions.clone(),
+                    counts.clone(),
+                    closed.clone(),
+                    stop.clone(),
+                    most.clone(),
+                );
                 threads.push(std::thread::spawn(move || {
-                    serve(socket, sessions, &security, &counts, &closed, &opened, &stop, &most);
+                    serve(socket, &registry, sessions, &counts, &closed, &stop, &most);
                 }));
             }
             for thread in threads {
@@ -127,19 +126,21 @@ impl Drop for Server {
     }
 }
 
-#[allow(clippy::too_many_arguments)] // one for each thing that a test looks at
 fn serve(
     socket: TcpStream,
+    registry: &Arc<Registry>,
     sessions: Arc<Sessions>,
-    security: &Security,
     counts: &Mutex<std::collections::HashMap<u64, u32>>,
     closed: &Mutex<Vec<String>>,
-    opened: &Mutex<Vec<(Option<Peer>, Carrier)>>,
     stop: &AtomicBool,
     most: &AtomicU64,
 ) {
     let mut ring = Ring::new(64).expect("io_uring works here");
-    let mut connection = Connection::new(socket, sessions, security, &mut ring);
+    let mut connection = Connection::new(socket, sessions, &mut ring);
+    let recorder = Recorder::new(OPERATIONS);
+    let metrics = recorder.metrics();
+    connection.record(recorder);
+    let mut registered: Option<Registration> = None;
     let mut events = Vec::new();
     let mut later: Vec<(Instant, Request)> = Vec::new();
     let mut never: Vec<Request> = Vec::new();
@@ -168,8 +169,8 @@ fn serve(
         }
         for event in events.drain(..) {
             match event {
-                server::Event::Opened { peer, carrier, .. } => opened.lock().unwrap().push((peer, carrier)),
-                server::Event::Cancel { .. } => {}
+                server::Event::Opened { peer, .. } => registered = Some(registry.add(&peer, metrics.clone())),
+                server::Event::Carrier(_) | server::Event::Cancel { .. } => {}
                 server::Event::Closed { reason } => {
                     closed.lock().unwrap().push(reason);
                     over = true;
@@ -202,6 +203,7 @@ fn serve(
         }
         most.fetch_max(connection.in_flight() as u64, Ordering::Relaxed);
     }
+    drop(registered);
 }
 
 pub fn number(body: &[u8]) -> u64 {
@@ -215,10 +217,11 @@ pub struct Client {
     pub answers: Vec<Answer>,
     pub opened: u32,
     pub resumed: u32,
-    pub met: Option<(Option<Peer>, Carrier)>,
     pub lost: Vec<String>,
     /// A new session is ready after so many answers.
     pub setup_first: usize,
+    /// What its channel counts.
+    pub metrics: Arc<Metrics>,
 }
 
 impl Client {
@@ -226,38 +229,23 @@ impl Client {
         Self::named(&address.to_string(), Duration::from_secs(2))
     }
 
-    /// With TLS, as the identity says; the server must be `node`.
-    pub fn secured(address: SocketAddr, security: Security, node: Option<&str>) -> Self {
-        Self::with(&address.to_string(), Duration::from_secs(2), security, node)
-    }
-
     pub fn named(address: &str, dead_after: Duration) -> Self {
-        Self::with(address, dead_after, Security::Plain, None)
-    }
-
-    fn with(address: &str, dead_after: Duration, security: Security, node: Option<&str>) -> Self {
         let mut ring = Ring::new(64).expect("io_uring works here");
         let config = Config {
             address: address.to_owned(),
             name: "test client".to_owned(),
-            security,
-            node: node.map(str::to_owned),
             dead_after,
             retry_first: Duration::from_millis(2),
             retry_most: Duration::from_millis(50),
+            transport: Default::default(),
         };
         let names = Names::of(address).expect("a thread");
-        let channel = Channel::new(config, names, &mut ring);
-        Self {
-            ring,
-            channel,
-            answers: Vec::new(),
-            opened: 0,
-            resumed: 0,
-            met: None,
-            lost: Vec::new(),
-            setup_first: 0,
-        }
+        let mut channel = Channel::new(config, names, &mut ring);
+        let recorder = Recorder::new(OPERATIONS);
+        let metrics = recorder.metrics();
+        channel.record(recorder);
+        let (answers, lost) = (Vec::new(), Vec::new());
+        Self { ring, channel, answers, opened: 0, resumed: 0, lost, setup_first: 0, metrics }
     }
 
     /// One round of the ring, of at most `most`.
@@ -274,14 +262,14 @@ impl Client {
         }
         for event in events {
             match event {
-                Event::Opened { peer, carrier, .. } => {
-                    self.met = Some((peer, carrier));
+                Event::Opened { .. } => {
                     self.opened += 1;
                     if self.setup_first == 0 {
                         self.channel.ready();
                     }
                 }
-                Event::Resumed { .. } => self.resumed += 1,
+                Event::Resumed => self.resumed += 1,
+                Event::Carrier { .. } => {}
                 Event::Lost { reason } => self.lost.push(reason),
                 Event::Answer(answer) => {
                     self.answers.push(answer);

@@ -89,6 +89,18 @@ fn each_mistake_names_file_line_column_key_and_mend() {
             ],
         ),
         (
+            "[[disk]]\nremote = { agent = 'pc2', volume = 'v', node = 'PC2' }\n",
+            &[
+                "guest.toml:5:41: key `disk[0].remote.node`: `PC2` is no node's name: lower-case letters, digits and `-`, at most 63",
+            ],
+        ),
+        (
+            "[[disk]]\nremote = { agent = 'pc2', volume = 'v', node = 'pc2', insecure = true }\n",
+            &[
+                "guest.toml:5:41: key `disk[0].remote.node`: nobody proves a name over plain TCP; leave out `insecure`, or this",
+            ],
+        ),
+        (
             "[[disk]]\nremote = { agent = 'pc2:99999' }\n",
             &["guest.toml:5:1: key `disk[0].remote.volume`: is missing"],
         ),
@@ -193,4 +205,29 @@ fn any_text_is_read_or_refused_with_a_reason() {
             Ok(())
         })
         .expect("no text breaks the reader");
+}
+
+#[test]
+fn a_host_name_is_the_node_that_is_expected_and_an_address_is_any() {
+    for (agent, node, here) in [
+        ("attic", Some("attic"), false),
+        ("Attic:99", Some("attic"), false),
+        ("attic.lan", None, false),
+        ("192.168.1.20:7420", None, false),
+        ("[fe80::1]:7420", None, false),
+        ("localhost", None, true),
+        ("127.0.0.2:99", None, true),
+        ("[::1]", None, true),
+    ] {
+        let text = format!("{HEAD}[[disk]]\nremote = {{ agent = '{agent}', volume = 'v' }}\n");
+        let guest = Guest::parse(Path::new("g.toml"), &text).expect("valid");
+        let remote = guest.disk[0].remote.as_ref().expect("remote");
+        assert_eq!((remote.expected_node().as_deref(), remote.is_on_this_pc()), (node, here), "{agent}");
+    }
+    let text = format!("{HEAD}[[disk]]\nremote = {{ agent = '10.0.0.2', volume = 'v', node = 'attic' }}\n");
+    let guest = Guest::parse(Path::new("g.toml"), &text).expect("valid");
+    assert_eq!(
+        guest.disk[0].remote.as_ref().and_then(super::RemoteDisk::expected_node).as_deref(),
+        Some("attic")
+    );
 }

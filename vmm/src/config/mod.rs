@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use transport::identity::NodeName;
 
 use crate::units::{Bytes, Span};
 
@@ -191,12 +192,46 @@ pub struct RemoteDisk {
     pub agent: String,
     /// The volume's name on that agent.
     pub volume: String,
+    /// The name in the agent's certificate. By default `agent`, if that is a host's name without dots; an address
+    /// may belong to any agent of the household.
+    #[serde(default)]
+    pub node: Option<String>,
+    /// Speak plain TCP, neither encrypted nor authenticated, with an agent that has no identity.
+    #[serde(default)]
+    pub insecure: bool,
     /// How long the guest's requests wait for an agent that cannot be reached; for ever by default.
     #[serde(default)]
     pub patience: Option<Span>,
     /// What happens then.
     #[serde(default)]
     pub on_timeout: OnTimeout,
+}
+
+impl RemoteDisk {
+    /// The agent's host, without its port.
+    #[must_use]
+    pub fn host(&self) -> &str {
+        match self.agent.strip_prefix('[') {
+            Some(rest) => rest.split(']').next().unwrap_or(rest),
+            None => self.agent.split(':').next().unwrap_or(&self.agent),
+        }
+    }
+
+    /// Whether the agent is on this PC, by its address: nothing between here and there can be listened to.
+    #[must_use]
+    pub fn is_on_this_pc(&self) -> bool {
+        let is_loopback = |host: &str| host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback());
+        self.host() == "localhost" || is_loopback(self.host())
+    }
+
+    /// The node that the agent has to prove to be; `None`: any agent of the household.
+    #[must_use]
+    pub fn expected_node(&self) -> Option<String> {
+        let host = self.host();
+        let is_name = !host.contains(['.', ':']) && host != "localhost";
+        let named = || NodeName::of_host(host).filter(|_| is_name).map(|name| name.to_string());
+        self.node.clone().or_else(named)
+    }
 }
 
 /// What a guest's request meets when the agent was away for longer than its patience.

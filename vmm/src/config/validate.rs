@@ -4,6 +4,8 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
+use transport::identity::NodeName;
+
 use super::toml_file::{Checker, KeyPath, beside};
 use super::{Disk, Guest, Memory, Net, RemoteDisk, Serial};
 
@@ -203,6 +205,19 @@ fn remote_disk(remote: &RemoteDisk, key: &KeyPath, checker: &mut Checker<'_>) {
     }
     if let Some(why) = name_mistake(&remote.volume) {
         checker.wrong(&key.key("volume"), why);
+    }
+    match &remote.node {
+        Some(_) if remote.insecure => {
+            checker.wrong(
+                &key.key("node"),
+                "nobody proves a name over plain TCP; leave out `insecure`, or this",
+            );
+        }
+        Some(node) if node.parse::<NodeName>().is_err() => {
+            let what = format!("`{node}` is no node's name: lower-case letters, digits and `-`, at most 63");
+            checker.wrong(&key.key("node"), what);
+        }
+        _ => {}
     }
     if remote.patience.is_some_and(|patience| patience.0.is_zero()) {
         checker.wrong(&key.key("patience"), "must be longer than nothing; leave it out to wait for ever");

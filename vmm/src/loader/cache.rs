@@ -9,7 +9,7 @@ use std::time::SystemTime;
 use linux_loader::loader::bootparam::setup_header;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
-use super::unpack;
+use super::{sparse, unpack};
 
 /// How many unpacked kernels are kept; the longest unused go first.
 const KEPT: usize = 6;
@@ -28,6 +28,7 @@ pub(super) fn unpacked(file: &File, header: &setup_header, cache: Option<&Path>)
     }
     match unpack::unpack(file, header, temporary()?)? {
         Some(mut elf) => {
+            sparse::leave_out_zeros(&mut elf)?;
             if let Some(path) = entry
                 && let Err(error) = keep(&mut elf, &path)
             {
@@ -43,7 +44,7 @@ pub(super) fn unpacked(file: &File, header: &setup_header, cache: Option<&Path>)
 fn name(file: &File) -> io::Result<String> {
     let meta = file.metadata()?;
     Ok(format!(
-        "{:x}-{:x}-{:x}-{:x}.{:x}-{:x}.{:x}.{EXTENSION}",
+        "{:x}-{:x}-{:x}-{:x}.{:x}-{:x}.{:x}.sparse.{EXTENSION}",
         meta.dev(),
         meta.ino(),
         meta.size(),

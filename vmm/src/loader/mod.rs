@@ -10,6 +10,7 @@ mod kernel;
 #[doc(hidden)]
 pub mod micro;
 mod pvh;
+mod sparse;
 mod unpack;
 
 use std::io;

@@ -188,18 +188,27 @@ impl Core {
     /// What happened on the connection.
     pub(super) fn event(&mut self, link: &mut impl Link, event: Event, now: Instant, done: &mut Vec<Done>) {
         match event {
-            Event::Opened { boot, instance, name, carrier, .. } => {
+            Event::Opened { boot, instance, peer } => {
                 let (instance, boot) = (format_args!("{instance:x}"), format_args!("{boot:x}"));
-                tracing::debug!(peer = %name, %instance, %boot, %carrier, "A session was opened");
+                tracing::debug!(%peer, %instance, %boot, "A session was opened");
                 self.begin_setup(link);
             }
-            Event::Resumed { .. } => {
+            Event::Resumed => {
                 Counters::add(&self.counters.resumptions);
                 if self.setup.is_ready() {
                     self.back(now);
                 }
             }
+            Event::Carrier { carrier, why } => {
+                self.counters.carried_by(carrier);
+                if why.is_empty() {
+                    tracing::info!(disk = %self.place(), %carrier, "The connection's carrier changed");
+                } else {
+                    tracing::warn!(disk = %self.place(), %carrier, %why, "RDMA cannot be had for now");
+                }
+            }
             Event::Lost { reason } => {
+                self.counters.over_rdma.store(false, Ordering::Relaxed);
                 if self.away_since.is_none() {
                     Counters::add(&self.counters.cuts);
                     tracing::info!(disk = %self.place(), %reason, "The connection was lost; requests wait");

@@ -1,9 +1,10 @@
 //! What a remote disk counts.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use serde::Serialize;
+use transport::channel::Carrier;
 
 /// Latencies by powers of two of a microsecond: the last one takes all that is longer.
 const BUCKETS: usize = 24;
@@ -43,6 +44,9 @@ pub struct Counters {
     pub(super) conflicts: AtomicU64,
     pub(super) full: AtomicU64,
     pub(super) errors: AtomicU64,
+    /// Whether RDMA carries the connection.
+    pub(super) over_rdma: AtomicBool,
+    pub(super) rdma_switches: AtomicU64,
 }
 
 /// How long requests took.
@@ -81,6 +85,10 @@ pub struct Snapshot {
     pub full: u64,
     /// Requests that ended in an error.
     pub errors: u64,
+    /// Whether RDMA carries the connection now.
+    pub over_rdma: bool,
+    /// How often RDMA took over from TCP.
+    pub rdma_switches: u64,
 }
 
 impl Counters {
@@ -101,6 +109,16 @@ impl Counters {
             conflicts: get(&self.conflicts),
             full: get(&self.full),
             errors: get(&self.errors),
+            over_rdma: self.over_rdma.load(Ordering::Relaxed),
+            rdma_switches: get(&self.rdma_switches),
+        }
+    }
+
+    pub(super) fn carried_by(&self, carrier: Carrier) {
+        let rdma = carrier == Carrier::Rdma;
+        self.over_rdma.store(rdma, Ordering::Relaxed);
+        if rdma {
+            Self::add(&self.rdma_switches);
         }
     }
 
