@@ -9,6 +9,7 @@ use clap::{CommandFactory, Parser, Subcommand};
 use devices::disk::volume::{Volume, opcode};
 use tracing_subscriber::EnvFilter;
 use transport::blocking::Client;
+use transport::identity::Security;
 use transport::wire::{Class, MAX_PAYLOAD, Status};
 
 use crate::config::{Config, DEFAULT_PATH};
@@ -163,7 +164,7 @@ fn volumes(config: &Config, json: bool) -> Result<(), Error> {
             [0, 0, 0, 0, 0, 0, 0, 1].into()
         });
     }
-    let mut client = Client::new(&address.to_string(), "omega-agent volumes")?;
+    let mut client = Client::new(&address.to_string(), "omega-agent volumes", &Security::Plain, None)?;
     let timeout = Duration::from_secs(3);
     let reply = client.call(Class::Control, opcode::VOLUMES, &[], Vec::new(), MAX_PAYLOAD, timeout)?;
     if reply.status != Status::OK {

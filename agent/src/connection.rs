@@ -9,6 +9,7 @@ use devices::disk::volume::{Access, Acquire, Acquired, Lease, Open, Opened, Refu
 use devices::disk::{self, Disk, Done, Operation};
 use slab::Slab;
 use transport::buffer::Buffer;
+use transport::identity::Security;
 use transport::ring::{Completion, Ring, Token};
 use transport::server::{Connection, Event, Request};
 use transport::wire::{MAX_PAYLOAD, Status};
@@ -81,7 +82,7 @@ pub(crate) fn serve(
     socket: std::net::TcpStream,
 ) -> std::io::Result<()> {
     let mut ring = Ring::new(ENTRIES)?;
-    let connection = Connection::new(socket, Arc::clone(&agent.sessions), &mut ring);
+    let connection = Connection::new(socket, Arc::clone(&agent.sessions), &Security::Plain, &mut ring);
     let wake = ring.source().token(0);
     ring.poll_readable(handle.wake.as_raw_fd(), true, wake);
     let mut disks = Vec::new();
@@ -173,9 +174,9 @@ impl Worker {
     fn events(&mut self, events: &mut Vec<Event>) {
         for event in events.drain(..) {
             match event {
-                Event::Opened { peer, session, resumed } => {
-                    tracing::info!(%peer, resumed, "A peer is connected");
-                    self.peer = peer;
+                Event::Opened { name, session, resumed, carrier, .. } => {
+                    tracing::info!(peer = %name, resumed, %carrier, "A peer is connected");
+                    self.peer = name;
                     self.session = session;
                 }
                 Event::Request(request) => self.request(request),

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use transport::buffer::Buffer;
 use transport::channel::{Call, Channel, Config, Event, Names};
+use transport::identity::Security;
 use transport::ring::Ring;
 use transport::server::{self, Connection, Limits, Sessions};
 use transport::wire::{Body, Class, Status};
@@ -108,6 +109,8 @@ fn channel(size: usize, depth: u64) -> f64 {
     let config = Config {
         address,
         name: "speed".into(),
+        security: Security::Plain,
+        node: None,
         dead_after: Duration::from_secs(5),
         retry_first: Duration::from_millis(10),
         retry_most: Duration::from_secs(1),
@@ -166,7 +169,7 @@ fn channel(size: usize, depth: u64) -> f64 {
 fn serve(socket: TcpStream) {
     let mut ring = Ring::new(64).expect("ring");
     let sessions = Sessions::new("speed", Limits { requests: 64, bytes: 32 << 20, sessions: 4, rdma: false });
-    let mut connection = Connection::new(socket, sessions, &mut ring);
+    let mut connection = Connection::new(socket, sessions, &Security::Plain, &mut ring);
     let mut events = Vec::new();
     while !connection.is_finished() {
         let now = Instant::now();

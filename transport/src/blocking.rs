@@ -3,7 +3,9 @@
 use std::time::{Duration, Instant};
 
 use crate::buffer::Buffer;
+use crate::carrier::Carrier;
 use crate::channel::{Answer, Call, Channel, Config, Event, Names, Transport};
+use crate::identity::{Peer, Security};
 use crate::ring::Ring;
 use crate::wire::{Body, Class, Status};
 
@@ -52,20 +54,29 @@ pub struct Client {
     /// What last happened to the connection.
     reason: String,
     calls: u64,
-    peer: Option<String>,
+    met: Option<Met>,
+}
+
+/// With whom the connection was made.
+struct Met {
+    name: String,
+    peer: Option<Peer>,
+    carrier: Carrier,
 }
 
 impl Client {
-    /// A client of the peer at `address` (`host:port`) that calls itself `name`. It connects at the first
-    /// call.
+    /// A client of the peer at `address` (`host:port`) that calls itself `name`. With TLS, the peer must prove
+    /// to be `node`, or any agent. It connects at the first call.
     ///
     /// # Errors
     /// The kernel refuses io_uring, or there is no thread to look the name up.
-    pub fn new(address: &str, name: &str) -> Result<Self, Error> {
+    pub fn new(address: &str, name: &str, security: &Security, node: Option<&str>) -> Result<Self, Error> {
         let mut ring = Ring::new(8)?;
         let config = Config {
             address: address.to_owned(),
             name: name.to_owned(),
+            security: security.clone(),
+            node: node.map(str::to_owned),
             dead_after: Duration::from_secs(5),
             retry_first: Duration::from_millis(50),
             retry_most: Duration::from_secs(1),
@@ -76,13 +87,25 @@ impl Client {
             Names::of(address).map_err(|source| Error::Names { address: address.to_owned(), source })?;
         let channel = Channel::new(config, names, &mut ring);
         let reason = "no connection yet".to_owned();
-        Ok(Self { address: address.to_owned(), ring, channel, reason, calls: 0, peer: None })
+        Ok(Self { address: address.to_owned(), ring, channel, reason, calls: 0, met: None })
     }
 
     /// The name by which the peer called itself when the connection was made.
     #[must_use]
     pub fn peer(&self) -> Option<&str> {
-        self.peer.as_deref()
+        Some(&self.met.as_ref()?.name)
+    }
+
+    /// Who the peer proved to be when the connection was made; `None` without TLS.
+    #[must_use]
+    pub fn proven(&self) -> Option<&Peer> {
+        self.met.as_ref()?.peer.as_ref()
+    }
+
+    /// What carries the connection that was made last.
+    #[must_use]
+    pub fn carrier(&self) -> Option<Carrier> {
+        Some(self.met.as_ref()?.carrier)
     }
 
     /// Asks `opcode` with `body` and `payload`, and waits for the answer, with at most `answer_len` bytes
@@ -134,13 +157,16 @@ impl Client {
             }
             for event in events.drain(..) {
                 match event {
-                    Event::Opened { peer, .. } => {
+                    Event::Opened { name, peer, carrier, .. } => {
                         self.reason = "the peer is slow".to_owned();
-                        self.peer = Some(peer);
+                        self.met = Some(Met { name, peer, carrier });
                         self.channel.ready();
                     }
                     Event::Carrier { .. } => {}
-                    Event::Resumed => self.reason = "the peer is slow".to_owned(),
+                    Event::Resumed { carrier } => {
+                        self.reason = "the peer is slow".to_owned();
+                        self.met.iter_mut().for_each(|met| met.carrier = carrier);
+                    }
                     Event::Lost { reason } => self.reason = reason,
                     Event::Answer(answer) if answer.tag == tag => return Ok(answer),
                     Event::Answer(_) => {}

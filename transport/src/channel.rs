@@ -8,11 +8,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::buffer::Buffer;
+pub use crate::carrier::Carrier;
 use crate::core::asker::{Asker, Identity};
-pub use crate::link::Carrier;
+use crate::identity::{Peer, Security};
 use crate::link::Link;
 use crate::link::connect::{self, Resolver};
 use crate::link::tcp::TcpLink;
+use crate::link::tls::RECORDS;
+use crate::link::tls::handshake::Handshake;
 use crate::metrics::Recorder;
 use crate::ring::{Completion, Ring, Source};
 use crate::sessions::random;
@@ -25,6 +28,10 @@ pub struct Config {
     pub address: String,
     /// Who we are, for the peer's log and its leases: shown, not trusted.
     pub name: String,
+    /// How the connection is protected.
+    pub security: Security,
+    /// The node that the peer must prove to be; `None`: any agent of the household.
+    pub node: Option<String>,
     /// A connection that carried nothing for this long, though pinged, is dead.
     pub dead_after: Duration,
     /// The first pause between two attempts to connect; it doubles up to `retry_most`.
@@ -103,11 +110,18 @@ pub enum Event {
         instance: u128,
         /// Changes with every boot of the peer's kernel: what was not flushed to stable storage may be gone.
         boot: u128,
-        /// The name by which the peer calls itself.
-        peer: String,
+        /// The name by which the peer calls itself: shown, not trusted.
+        name: String,
+        /// Who the peer has proven to be; `None` without TLS.
+        peer: Option<Peer>,
+        /// What carries the connection.
+        carrier: Carrier,
     },
     /// The earlier session goes on over a new connection; what was in flight was sent again.
-    Resumed,
+    Resumed {
+        /// What carries the new connection.
+        carrier: Carrier,
+    },
     /// Something else carries the connection from now on, or (`Tcp`, with the reason) RDMA could not be had.
     Carrier {
         /// What carries it.
@@ -146,6 +160,10 @@ pub struct Channel {
     doubtful: bool,
     /// What ended the connection since the last tick.
     fault: Option<Fault>,
+    /// Records of TLS after which a new connection takes over.
+    records: u64,
+    /// When the peer's certificate is looked up again.
+    look_up_at: Instant,
 }
 
 /// How far the connection is.
@@ -186,6 +204,9 @@ impl Names {
 /// The token of the resolver's bell.
 const BELL: u64 = (1 << 48) - 1;
 
+/// How often the peer's certificate is looked up in the list of those that were revoked.
+const LOOK_UP_EVERY: Duration = Duration::from_secs(1);
+
 /// The longest time for one attempt to connect.
 const CONNECT_WITHIN: Duration = Duration::from_secs(5);
 
@@ -209,6 +230,8 @@ impl Channel {
             heard: false,
             doubtful: false,
             fault: None,
+            records: RECORDS,
+            look_up_at: now,
         }
     }
 
@@ -216,6 +239,12 @@ impl Channel {
     /// [`submit`](Self::submit).
     pub fn record(&mut self, recorder: Recorder) {
         self.core.recorder = Some(recorder);
+    }
+
+    /// Has a new connection take over after so many records of TLS, instead of after as many as are safe.
+    #[doc(hidden)]
+    pub fn replace_after(&mut self, records: u64) {
+        self.records = records.min(RECORDS);
     }
 
     /// Takes `call`; it goes out at the next [`tick`](Self::tick) when credits, class and connection
@@ -268,6 +297,7 @@ impl Channel {
             self.core.heard(now);
         }
         let due = self.clock(now);
+        self.look_up(now);
         if let State::Linked(link) = &mut self.state
             && self.fault.is_none()
         {
@@ -278,13 +308,28 @@ impl Channel {
             self.lost(ring, now, &fault, events);
         }
         let step = self.connect(ring, now, events);
+        let mut wants = None;
         if let State::Linked(link) = &mut self.state {
             link.arm(ring);
+            wants = link.due();
         }
         if self.fault.is_some() {
             return Some(now);
         }
-        [due, step].into_iter().flatten().min()
+        [due, step, wants].into_iter().flatten().min()
+    }
+
+    /// Whether the peer's certificate was revoked meanwhile, now and then.
+    fn look_up(&mut self, now: Instant) {
+        if now < self.look_up_at || self.fault.is_some() {
+            return;
+        }
+        self.look_up_at = now + LOOK_UP_EVERY;
+        if let Some(proven) = self.core.proven()
+            && proven.security.revokes(&proven.peer)
+        {
+            self.fault = Some(Fault::Revoked(proven.peer.name.clone()));
+        }
     }
 
     /// Deadlines and silence.
@@ -387,7 +432,7 @@ impl Channel {
             ring.cancel(self.source.token(self.generation << 1 | 1));
             Err(io::ErrorKind::TimedOut.into())
         };
-        let link = result.and_then(|()| TcpLink::new(Arc::new(socket), self.source, self.generation));
+        let link = result.and_then(|()| self.link(socket));
         match link {
             Ok(mut link) => {
                 self.core.connected(now);
@@ -400,6 +445,19 @@ impl Channel {
         }
     }
 
+    fn link(&self, socket: TcpStream) -> io::Result<TcpLink> {
+        let handshake = match &self.config.security {
+            Security::Plain => None,
+            Security::Tls(identity) => {
+                let handshake = Handshake::asking(identity, self.config.node.as_deref());
+                Some(handshake.map_err(io::Error::other)?)
+            }
+        };
+        let mut link = TcpLink::new(Arc::new(socket), self.source, self.generation, handshake)?;
+        link.wears_out(self.records, true);
+        Ok(link)
+    }
+
     /// An attempt failed.
     fn fail(&mut self, ring: &mut Ring, now: Instant, reason: &str, events: &mut Vec<Event>) {
         self.lost(ring, now, &Fault::Unreachable(self.config.address.clone(), reason.to_owned()), events);
@@ -409,7 +467,10 @@ impl Channel {
     fn lost(&mut self, ring: &mut Ring, now: Instant, fault: &Fault, events: &mut Vec<Event>) {
         // Between half the pause and the whole, so that many peers do not come back at the same moment.
         let jitter = u32::from(random() as u16);
-        let pause = self.pause / 2 + self.pause / 2 * jitter / u32::from(u16::MAX);
+        let mut pause = self.pause / 2 + self.pause / 2 * jitter / u32::from(u16::MAX);
+        if *fault == Fault::KeysUsed {
+            pause = Duration::ZERO;
+        }
         self.pause = (self.pause * 2).min(self.config.retry_most);
         if let State::Linked(mut link) = std::mem::replace(&mut self.state, State::Idle(now + pause)) {
             link.close(ring);

@@ -8,11 +8,14 @@ use std::time::{Duration, Instant};
 use nix::sys::eventfd::EventFd;
 
 use crate::buffer::Buffer;
+pub use crate::carrier::Carrier;
 use crate::core::answerer::Answerer;
-pub use crate::link::Carrier;
+use crate::identity::{Peer, Security};
 use crate::link::Link;
 use crate::link::connect::eventfd;
 use crate::link::tcp::TcpLink;
+use crate::link::tls::RECORDS;
+use crate::link::tls::handshake::Handshake;
 use crate::metrics::Recorder;
 use crate::ring::{Completion, Ring, Source};
 use crate::sessions::Claimant;
@@ -65,11 +68,15 @@ pub enum Event {
     /// The hello is done.
     Opened {
         /// The name by which the peer calls itself; not to be trusted.
-        peer: String,
+        name: String,
+        /// Who the peer has proven to be; `None` without TLS.
+        peer: Option<Peer>,
         /// The session's identity: the same over reconnections.
         session: u128,
         /// Whether the session went on from an earlier connection, whose requests are all finished.
         resumed: bool,
+        /// What carries the connection.
+        carrier: Carrier,
     },
     /// Something else carries the connection from now on.
     Carrier(Carrier),
@@ -115,10 +122,24 @@ const STUCK: Duration = Duration::from_secs(60);
 /// How long a peer may take to close after all its answers are out.
 const FAREWELL: Duration = Duration::from_secs(2);
 
+/// Well behind the number at which the asking side replaces the connection, and well before what is safe.
+const RECORDS_MOST: u64 = RECORDS + RECORDS / 4;
+
+fn link(socket: Arc<TcpStream>, source: Source, security: &Security) -> Result<Box<dyn Link>, Fault> {
+    let handshake = match security {
+        Security::Plain => None,
+        Security::Tls(identity) => Some(Handshake::answering(identity)?),
+    };
+    let mut link = TcpLink::new(socket, source, 0, handshake)?;
+    link.wears_out(RECORDS_MOST, false);
+    Ok(Box::new(link))
+}
+
 impl Connection {
-    /// Takes over an accepted socket.
+    /// Takes over an accepted socket. With TLS, the peer must prove to be a node of the household before
+    /// anything else.
     #[must_use]
-    pub fn new(socket: TcpStream, sessions: Arc<Sessions>, ring: &mut Ring) -> Self {
+    pub fn new(socket: TcpStream, sessions: Arc<Sessions>, security: &Security, ring: &mut Ring) -> Self {
         let source = ring.source();
         let socket = Arc::new(socket);
         let (cut, bell) = (socket.clone(), eventfd().map(Arc::new));
@@ -136,8 +157,7 @@ impl Connection {
         };
         let core = Answerer::new(sessions, claimant, Instant::now());
         let mut fault = None;
-        let link = TcpLink::new(socket, source, 0);
-        let link = link.map_err(|e| fault = Some(e.into())).ok().map(|link| Box::new(link) as Box<dyn Link>);
+        let link = link(socket, source, security).map_err(|e| fault = Some(e)).ok();
         let bell = bell.map_err(|e| fault = Some(e.into())).ok();
         Self {
             core,
@@ -170,6 +190,7 @@ impl Connection {
             self.fault = self.fault.take().or(self.core.claim().err());
         } else if let Some(link) = &mut self.link
             && self.fault.is_none()
+            && self.core.check().is_ok()
         {
             match link.completed(completion.token.payload(), completion.result, &mut self.core) {
                 Ok(heard) => self.heard |= heard,
@@ -190,13 +211,15 @@ impl Connection {
             self.core.heard(now);
         }
         let due = self.clock(now);
-        let mut stuck = None;
+        self.fault = self.fault.take().or(self.core.check().err());
+        let (mut stuck, mut wants) = (None, None);
         if let Some(link) = &mut self.link {
             self.fault = self.fault.take().or(link.send(&mut self.core).err());
             stuck = link.blocked_since().map(|since| since + STUCK);
             if stuck.is_some_and(|at| at <= now) {
                 self.fault = self.fault.take().or(Some(Fault::Stuck(STUCK.as_secs())));
             }
+            wants = link.due();
             if self.core.is_drained() && link.is_flushed() && self.closes_at.is_none() {
                 link.finish();
                 self.closes_at = Some(now + FAREWELL);
@@ -212,7 +235,7 @@ impl Connection {
         self.arm(ring);
         self.core.take_events(events);
         self.link.as_ref()?;
-        [due, stuck, self.closes_at].into_iter().flatten().min()
+        [due, stuck, self.closes_at, wants].into_iter().flatten().min()
     }
 
     fn clock(&mut self, now: Instant) -> Option<Instant> {
@@ -232,7 +255,7 @@ impl Connection {
         let Some(link) = &mut self.link else { return };
         link.arm(ring);
         if let Some(bell) = &self.bell
-            && self.core.is_waiting()
+            && (self.core.is_waiting() || self.core.is_proven())
             && !self.bell_polled
         {
             ring.poll_readable(bell.as_fd().as_raw_fd(), false, self.source.token(BELL));

@@ -1,12 +1,13 @@
 //! What all connections of one serving process share.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use crate::core::asker::Identity;
+use crate::identity::Peer;
 use crate::server::Limits;
-use crate::wire::{Body, MAX_PAYLOAD, Status};
+use crate::wire::{Body, Fault, MAX_PAYLOAD, Status};
 
 /// What all connections of one serving process share: its identity, limits, and the sessions that a
 /// reconnecting peer may resume.
@@ -15,6 +16,56 @@ pub struct Sessions {
     pub(crate) limits: Limits,
     numbers: AtomicU64,
     table: Mutex<HashMap<u128, Entry>>,
+    /// Live connections whose peers have proven who they are.
+    present: Mutex<HashMap<u64, Present>>,
+}
+
+/// A live connection as a revocation sees it.
+struct Present {
+    peer: Arc<Peer>,
+    revoked: Arc<AtomicBool>,
+    wake: Signal,
+}
+
+/// Says as long as it lives that a connection's peer is here.
+pub(crate) struct Attendance {
+    sessions: Arc<Sessions>,
+    number: u64,
+    peer: Arc<Peer>,
+    revoked: Arc<AtomicBool>,
+}
+
+impl Attendance {
+    /// The connection of `claimant`, whose peer has proven to be `peer`.
+    pub(crate) fn new(sessions: &Arc<Sessions>, claimant: &Claimant, peer: Peer) -> Self {
+        let (peer, revoked) = (Arc::new(peer), Arc::new(AtomicBool::new(false)));
+        let present = Present { peer: peer.clone(), revoked: revoked.clone(), wake: claimant.wake.clone() };
+        lock(&sessions.present).insert(claimant.number, present);
+        Self { sessions: sessions.clone(), number: claimant.number, peer, revoked }
+    }
+
+    pub(crate) fn peer(&self) -> &Peer {
+        &self.peer
+    }
+
+    /// # Errors
+    /// The peer's certificate was revoked.
+    pub(crate) fn check(&self) -> Result<(), Fault> {
+        if self.revoked.load(Ordering::Relaxed) {
+            return Err(Fault::Revoked(self.peer.name.clone()));
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Attendance {
+    fn drop(&mut self) {
+        lock(&self.sessions.present).remove(&self.number);
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The answers of `once` requests that the asking side has not confirmed.
@@ -62,6 +113,8 @@ pub(crate) enum Claim {
     Superseded,
     /// There are too many sessions.
     Full,
+    /// Another node began it.
+    NotYours,
 }
 
 struct Entry {
@@ -70,6 +123,8 @@ struct Entry {
     heir: Option<Claimant>,
     /// The connection that held it last.
     last: u64,
+    /// The node that began it, as it has proven to be.
+    owner: Option<String>,
 }
 
 enum Holder {
@@ -92,7 +147,21 @@ impl Sessions {
             limits,
             numbers: AtomicU64::new(1),
             table: Mutex::default(),
+            present: Mutex::default(),
         })
+    }
+
+    /// Ends every live connection whose peer `is_revoked`, with that reason on both sides, and returns the
+    /// names of those peers. Call it after what they are judged by has changed: a connection that is just being
+    /// made looks there itself.
+    pub fn revoke(&self, is_revoked: impl Fn(&Peer) -> bool) -> Vec<String> {
+        let mut names = Vec::new();
+        for present in lock(&self.present).values().filter(|present| is_revoked(&present.peer)) {
+            present.revoked.store(true, Ordering::Relaxed);
+            (present.wake)();
+            names.push(present.peer.name.clone());
+        }
+        names
     }
 
     /// How many `once` requests a peer may have unconfirmed.
@@ -105,9 +174,16 @@ impl Sessions {
         self.numbers.fetch_add(1, Ordering::Relaxed)
     }
 
-    /// Asks for `session` as it was in its life `serial`. An earlier connection of it is cut.
-    pub(crate) fn claim(&self, session: u128, serial: u64, claimant: &Claimant) -> Claim {
-        let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+    /// Asks for `session` as it was in its life `serial`, for the node `owner`. An earlier connection of it is
+    /// cut.
+    pub(crate) fn claim(
+        &self,
+        session: u128,
+        serial: u64,
+        claimant: &Claimant,
+        owner: Option<&str>,
+    ) -> Claim {
+        let mut table = lock(&self.table);
         if !table.contains_key(&session) && table.len() >= self.limits.sessions && !evict(&mut table) {
             return Claim::Full;
         }
@@ -116,7 +192,11 @@ impl Sessions {
             holder: Holder::Nobody(Records::default()),
             heir: None,
             last: 0,
+            owner: owner.map(str::to_owned),
         });
+        if entry.owner.as_deref() != owner {
+            return Claim::NotYours;
+        }
         if entry.heir.as_ref().is_some_and(|heir| heir.number > claimant.number) {
             return Claim::Superseded;
         }
@@ -148,7 +228,7 @@ impl Sessions {
 
     /// The connection `number` is done with `session`. Without records the session is over.
     pub(crate) fn release(&self, session: u128, number: u64, records: Option<Records>) {
-        let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut table = lock(&self.table);
         let Some(entry) = table.get_mut(&session) else { return };
         if entry.heir.as_ref().is_some_and(|heir| heir.number == number) {
             entry.heir = None;
@@ -253,46 +333,60 @@ mod tests {
     fn a_newer_connection_cuts_the_older_one_and_waits_for_its_requests() {
         let sessions = sessions(4);
         let (old, middle, new) = (party(&sessions), party(&sessions), party(&sessions));
-        let (serial, resumed, mut records) = granted(sessions.claim(1, 0, &old.claimant));
+        let (serial, resumed, mut records) = granted(sessions.claim(1, 0, &old.claimant, None));
         assert!(!resumed);
-        assert!(matches!(sessions.claim(1, serial, &middle.claimant), Claim::Wait));
+        assert!(matches!(sessions.claim(1, serial, &middle.claimant, None), Claim::Wait));
         assert_eq!(old.cuts.load(Ordering::Relaxed), 1);
-        assert!(matches!(sessions.claim(1, serial, &new.claimant), Claim::Wait));
+        assert!(matches!(sessions.claim(1, serial, &new.claimant, None), Claim::Wait));
         assert_eq!(middle.wakes.load(Ordering::Relaxed), 1);
-        assert!(matches!(sessions.claim(1, serial, &middle.claimant), Claim::Superseded));
+        assert!(matches!(sessions.claim(1, serial, &middle.claimant, None), Claim::Superseded));
         records.finished.insert(9, (Status::OK, Body::new()));
         sessions.release(1, old.claimant.number, Some(records));
         assert_eq!(new.wakes.load(Ordering::Relaxed), 1);
-        let (same, resumed, records) = granted(sessions.claim(1, serial, &new.claimant));
+        let (same, resumed, records) = granted(sessions.claim(1, serial, &new.claimant, None));
         assert_eq!((same, resumed, records.finished.len()), (serial, true, 1));
-        assert!(matches!(sessions.claim(1, serial, &old.claimant), Claim::Superseded));
+        assert!(matches!(sessions.claim(1, serial, &old.claimant, None), Claim::Superseded));
     }
 
     #[test]
     fn a_session_goes_on_only_in_the_life_that_both_sides_know() {
         let sessions = sessions(4);
         let (first, second, third) = (party(&sessions), party(&sessions), party(&sessions));
-        let (serial, _, mut records) = granted(sessions.claim(1, 0, &first.claimant));
+        let (serial, _, mut records) = granted(sessions.claim(1, 0, &first.claimant, None));
         records.finished.insert(9, (Status::OK, Body::new()));
         sessions.release(1, first.claimant.number, Some(records));
-        let (other, resumed, records) = granted(sessions.claim(1, serial ^ 1, &second.claimant));
+        let (other, resumed, records) = granted(sessions.claim(1, serial ^ 1, &second.claimant, None));
         assert!(!resumed && other != serial && records.finished.is_empty());
         sessions.release(1, second.claimant.number, None);
-        let (_, resumed, _) = granted(sessions.claim(1, other, &third.claimant));
+        let (_, resumed, _) = granted(sessions.claim(1, other, &third.claimant, None));
         assert!(!resumed, "a session that is over does not go on");
+    }
+
+    #[test]
+    fn a_session_belongs_to_the_node_that_began_it() {
+        let sessions = sessions(4);
+        let (first, other, again) = (party(&sessions), party(&sessions), party(&sessions));
+        let (serial, _, records) = granted(sessions.claim(1, 0, &first.claimant, Some("attic")));
+        assert!(matches!(sessions.claim(1, serial, &other.claimant, Some("cellar")), Claim::NotYours));
+        assert!(matches!(sessions.claim(1, serial, &other.claimant, None), Claim::NotYours));
+        assert_eq!(first.cuts.load(Ordering::Relaxed), 0, "nobody else can cut its connection");
+        sessions.release(1, first.claimant.number, Some(records));
+        assert!(matches!(sessions.claim(1, serial, &other.claimant, Some("cellar")), Claim::NotYours));
+        let (_, resumed, _) = granted(sessions.claim(1, serial, &again.claimant, Some("attic")));
+        assert!(resumed);
     }
 
     #[test]
     fn the_session_longest_without_a_connection_makes_room() {
         let sessions = sessions(2);
         let parties: Vec<Party> = (0..5).map(|_| party(&sessions)).collect();
-        let (one, _, records) = granted(sessions.claim(1, 0, &parties[0].claimant));
+        let (one, _, records) = granted(sessions.claim(1, 0, &parties[0].claimant, None));
         sessions.release(1, parties[0].claimant.number, Some(records));
-        let (two, _, records) = granted(sessions.claim(2, 0, &parties[1].claimant));
+        let (two, _, records) = granted(sessions.claim(2, 0, &parties[1].claimant, None));
         sessions.release(2, parties[1].claimant.number, Some(records));
-        granted(sessions.claim(3, 0, &parties[2].claimant));
-        let (_, resumed, _) = granted(sessions.claim(2, two, &parties[3].claimant));
+        granted(sessions.claim(3, 0, &parties[2].claimant, None));
+        let (_, resumed, _) = granted(sessions.claim(2, two, &parties[3].claimant, None));
         assert!(resumed, "the younger one stayed");
-        assert!(matches!(sessions.claim(1, one, &parties[4].claimant), Claim::Full));
+        assert!(matches!(sessions.claim(1, one, &parties[4].claimant, None), Claim::Full));
     }
 }

@@ -89,12 +89,12 @@ fn garbage_ends_the_connection_and_nothing_else() {
 fn a_peer_of_another_version_is_told_which_versions_there_are() {
     let server = Server::start(Limits::default());
     let mut socket = TcpStream::connect(server.address).unwrap();
-    socket.write_all(&hello(2, 9)).unwrap();
+    socket.write_all(&hello(3, 9)).unwrap();
     let got = ends(&mut socket);
-    assert_eq!(&got[..12], b"omega\r\n\x1a\x01\x00\x01\x00", "the server's own versions, 1 to 1");
+    assert_eq!(&got[..12], b"omega\r\n\x1a\x01\x00\x02\x00", "the server's own versions, 1 to 2");
     assert_eq!(got.len(), 16);
     let closed = closed(&server, 1);
-    assert!(closed[0].contains("versions 2 to 9"), "{closed:?}");
+    assert!(closed[0].contains("versions 3 to 9"), "{closed:?}");
 }
 
 #[test]

@@ -10,6 +10,7 @@ use common::{COUNT, Client, ECHO, SLOW, Server, call};
 use transport::blocking;
 use transport::buffer::Buffer;
 use transport::channel::Call;
+use transport::identity::Security;
 use transport::server::Limits;
 use transport::wire::{Class, Status};
 
@@ -74,7 +75,8 @@ fn once_requests_take_effect_once_however_often_the_connection_is_cut() {
 #[test]
 fn a_control_call_waits_for_its_answer() {
     let server = Server::start(Limits::default());
-    let mut client = blocking::Client::new(&server.address.to_string(), "test").expect("io_uring works here");
+    let mut client = blocking::Client::new(&server.address.to_string(), "test", &Security::Plain, None)
+        .expect("io_uring works here");
     for i in 0..20u8 {
         let reply = client
             .call(Class::Control, ECHO, &[i], Vec::new(), 100, Duration::from_secs(5))
@@ -88,7 +90,8 @@ fn a_control_call_waits_for_its_answer() {
 #[test]
 fn a_control_call_to_nobody_says_why_it_failed() {
     let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-    let mut client = blocking::Client::new(&port.to_string(), "test").expect("io_uring works here");
+    let mut client = blocking::Client::new(&port.to_string(), "test", &Security::Plain, None)
+        .expect("io_uring works here");
     let error = client
         .call(Class::Control, ECHO, &[], Vec::new(), 0, Duration::from_millis(200))
         .expect_err("nobody listens");
@@ -136,7 +139,7 @@ fn buffers_of_the_pool_are_registered_with_the_ring() {
     let _client = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
     let mut ring = Ring::new(8).expect("io_uring works here");
     let sessions = Sessions::new("test", Limits::default());
-    let mut connection = Connection::new(listener.accept().unwrap().0, sessions, &mut ring);
+    let mut connection = Connection::new(listener.accept().unwrap().0, sessions, &Security::Plain, &mut ring);
     drop(connection.buffer(10_000));
     connection.tick(&mut ring, Instant::now(), &mut Vec::new());
     let Some(index) = connection.buffer(10_000).registered() else {

@@ -9,6 +9,7 @@ use devices::disk::volume::opcode;
 use transport::blocking::Client;
 use transport::buffer::Buffer;
 use transport::channel::{Call, Channel, Config, Event, Names};
+use transport::identity::Security;
 use transport::ring::Ring;
 use transport::server::{self, Connection, Limits, Sessions};
 use transport::wire::{Body, Class, MAX_PAYLOAD, Status};
@@ -82,7 +83,7 @@ fn idle_memory(bench: &Bench, readings: &mut Readings) -> Result<()> {
     std::fs::File::create(&volume)?.set_len(1 << 20)?;
     let agent = Agent::start(bench, &volume, false)?;
     let connect = || -> Result<Client> {
-        let mut client = Client::new(agent.address(), "bench")?;
+        let mut client = Client::new(agent.address(), "bench", &Security::Plain, None)?;
         client.call(
             Class::Control,
             opcode::VOLUMES,
@@ -150,6 +151,8 @@ impl Peer {
         let config = Config {
             address,
             name: "bench".to_owned(),
+            security: Security::Plain,
+            node: None,
             dead_after: Duration::from_secs(10),
             retry_first: Duration::from_millis(10),
             retry_most: Duration::from_secs(1),
@@ -256,7 +259,7 @@ impl Drop for Peer {
 fn answer(socket: std::net::TcpStream) -> Result<()> {
     let mut ring = Ring::new(256)?;
     let sessions: Arc<Sessions> = Sessions::new("bench", Limits::default());
-    let mut connection = Connection::new(socket, sessions, &mut ring);
+    let mut connection = Connection::new(socket, sessions, &Security::Plain, &mut ring);
     let mut events = Vec::new();
     loop {
         let next = connection.tick(&mut ring, Instant::now(), &mut events);

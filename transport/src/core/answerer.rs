@@ -8,10 +8,11 @@ use crate::buffer::Buffer;
 use crate::carrier::Carrier;
 use crate::core::asker::{frame, versions_only};
 use crate::core::stream::{Head, Outgoing, Peer, Place};
+use crate::link::tls::handshake::Proven;
 use crate::metrics::{Ended, Kind as Counted, Recorder};
 use crate::pool::Pool;
 use crate::server::{Event, Request};
-use crate::sessions::{Claim, Claimant, Records, Sessions};
+use crate::sessions::{Attendance, Claim, Claimant, Records, Sessions};
 use crate::trace;
 use crate::wire::{
     Body, Class, Fault, Flags, Header, Hello, Kind, MAX_BODY, PREFACE, Role, Status, VERSION, printable,
@@ -68,6 +69,9 @@ pub(crate) struct Answerer {
     hello: Option<Hello>,
     /// What both sides speak.
     version: u16,
+    carrier: Carrier,
+    /// Who the peer proved to be, where a revocation finds it.
+    attendance: Option<Attendance>,
     /// Whether the session is ours to hand back.
     holds: bool,
     in_flight: HashMap<u64, InFlight>,
@@ -103,6 +107,8 @@ impl Answerer {
             phase: Phase::Greeting,
             hello: None,
             version: VERSION,
+            carrier: Carrier::Tcp,
+            attendance: None,
             holds: false,
             in_flight: HashMap::new(),
             once_in_flight: 0,
@@ -159,7 +165,9 @@ impl Answerer {
             boot: self.sessions.identity.boot,
             name: self.sessions.identity.name.clone(),
         };
-        let refusal = match self.sessions.claim(hello.session, hello.serial, &self.claimant) {
+        let peer = self.attendance.as_ref().map(Attendance::peer);
+        let owner = peer.map(|peer| peer.name.as_str());
+        let refusal = match self.sessions.claim(hello.session, hello.serial, &self.claimant, owner) {
             Claim::Wait => return Ok(()),
             Claim::Granted { serial, resumed, records } => {
                 (ours.serial, ours.resumed) = (serial, resumed);
@@ -170,11 +178,18 @@ impl Answerer {
                 if let Some(recorder) = &mut self.recorder {
                     recorder.connected(&hello.name, resumed, (limits.requests, limits.bytes));
                 }
-                self.events.push(Event::Opened { peer: hello.name.clone(), session: hello.session, resumed });
+                self.events.push(Event::Opened {
+                    name: hello.name.clone(),
+                    peer: peer.cloned(),
+                    session: hello.session,
+                    resumed,
+                    carrier: self.carrier,
+                });
                 None
             }
             Claim::Superseded => Some(Fault::Superseded),
             Claim::Full => Some(Fault::Full),
+            Claim::NotYours => Some(Fault::NotYours),
         };
         if refusal.is_some() {
             ours.requests = 0;
@@ -232,6 +247,7 @@ impl Answerer {
             self.sessions.release(hello.session, self.claimant.number, None);
         }
         self.phase = Phase::Closed;
+        self.attendance = None;
         self.incoming = None;
         self.replies.iter_mut().for_each(VecDeque::clear);
         let said = self.farewell.take();
@@ -282,7 +298,16 @@ impl Answerer {
 
     /// Tells the peer why the connection ends.
     pub(crate) fn say_goodbye(&mut self, reason: &Fault) {
-        if matches!(reason, Fault::Protocol(_) | Fault::OverCredit | Fault::Superseded | Fault::Full) {
+        let told = matches!(
+            reason,
+            Fault::Protocol(_)
+                | Fault::OverCredit
+                | Fault::Superseded
+                | Fault::Full
+                | Fault::NotYours
+                | Fault::Revoked(_)
+        );
+        if told {
             self.goodbye_due = Some(reason.to_string());
         }
     }
@@ -310,9 +335,24 @@ impl Answerer {
             || self.replies.iter().any(|queue| !queue.is_empty())
     }
 
-    /// Something came from the peer.
+    /// Something came from the peer. Before its hello is there, that wins it no time.
     pub(crate) fn heard(&mut self, now: Instant) {
-        self.heard = now;
+        if self.phase != Phase::Greeting {
+            self.heard = now;
+        }
+    }
+
+    /// Why the connection must end whatever else happens: the peer's certificate was revoked.
+    ///
+    /// # Errors
+    /// It was.
+    pub(crate) fn check(&self) -> Result<(), Fault> {
+        self.attendance.as_ref().map_or(Ok(()), Attendance::check)
+    }
+
+    /// Whether the peer has proven who it is.
+    pub(crate) fn is_proven(&self) -> bool {
+        self.attendance.is_some()
     }
 
     /// Moves the events that happened to `events`.
@@ -397,6 +437,17 @@ impl Answerer {
 impl Peer for Answerer {
     fn version(&mut self, version: u16) {
         self.version = version;
+    }
+
+    fn secured(&mut self, carrier: Carrier, proven: Proven) -> Result<(), Fault> {
+        self.carrier = carrier;
+        let attendance = Attendance::new(&self.sessions, &self.claimant, proven.peer);
+        // Looked at once it is where a revocation finds it, so that none passes by a handshake.
+        if proven.security.revokes(attendance.peer()) {
+            return Err(Fault::Revoked(attendance.peer().name.clone()));
+        }
+        self.attendance = Some(attendance);
+        Ok(())
     }
 
     fn hello(&mut self, hello: &[u8]) -> Result<(), Fault> {

@@ -8,6 +8,7 @@ use crate::carrier::Carrier;
 use crate::channel::{Answer, Call, Event};
 use crate::core::stream::{Head, Outgoing, Peer, Place};
 use crate::core::table::{Pending, Table};
+use crate::link::tls::handshake::Proven;
 use crate::metrics::{Ended, Kind as Counted, Recorder};
 use crate::trace;
 use crate::wire::{
@@ -89,6 +90,8 @@ pub(crate) struct Asker {
     /// No deadline is earlier than this.
     earliest: Option<Instant>,
     farewell: Option<String>,
+    carrier: Carrier,
+    proven: Option<Proven>,
     events: Vec<Event>,
     /// The time, as far as what is counted needs it.
     clock: Instant,
@@ -122,6 +125,8 @@ impl Asker {
             ticked: now,
             earliest: None,
             farewell: None,
+            carrier: Carrier::Tcp,
+            proven: None,
             events: Vec::new(),
             clock: now,
             recorder: None,
@@ -180,6 +185,12 @@ impl Asker {
         self.heard = now;
         self.pinged = None;
         self.farewell = None;
+        (self.carrier, self.proven) = (Carrier::Tcp, None);
+    }
+
+    /// Who the peer proved to be on the connection that lasts.
+    pub(crate) fn proven(&self) -> Option<&Proven> {
+        self.proven.as_ref()
     }
 
     /// The connection is gone: everything without an answer will be sent again.
@@ -342,7 +353,7 @@ impl Asker {
             }
             self.phase = if self.set_up { Phase::Up } else { Phase::Setup };
             self.count_connection(&hello);
-            self.events.push(Event::Resumed);
+            self.events.push(Event::Resumed { carrier: self.carrier });
             return Ok(());
         }
         for slot in std::mem::take(&mut self.setup) {
@@ -357,7 +368,13 @@ impl Asker {
         self.set_up = false;
         self.phase = Phase::Setup;
         self.count_connection(&hello);
-        self.events.push(Event::Opened { instance: hello.instance, boot: hello.boot, peer: hello.name });
+        self.events.push(Event::Opened {
+            instance: hello.instance,
+            boot: hello.boot,
+            name: hello.name,
+            peer: self.proven.as_ref().map(|proven| proven.peer.clone()),
+            carrier: self.carrier,
+        });
         Ok(())
     }
 
@@ -479,6 +496,11 @@ impl Asker {
 }
 
 impl Peer for Asker {
+    fn secured(&mut self, carrier: Carrier, proven: Proven) -> Result<(), Fault> {
+        (self.carrier, self.proven) = (carrier, Some(proven));
+        Ok(())
+    }
+
     fn hello(&mut self, hello: &[u8]) -> Result<(), Fault> {
         if let Some(recorder) = &mut self.recorder {
             recorder.received_frame(PREFACE + hello.len());

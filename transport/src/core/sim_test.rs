@@ -143,7 +143,7 @@ impl World {
                     self.opened += 1;
                     self.set_up();
                 }
-                channel::Event::Resumed => self.resumed += 1,
+                channel::Event::Resumed { .. } => self.resumed += 1,
                 channel::Event::Carrier { .. } => {}
                 channel::Event::Lost { reason } => panic!("the core loses nothing by itself: {reason}"),
                 channel::Event::Answer(answer) => {

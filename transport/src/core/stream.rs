@@ -6,6 +6,8 @@ use std::collections::VecDeque;
 use smallvec::SmallVec;
 
 use crate::buffer::Buffer;
+use crate::carrier::Carrier;
+use crate::link::tls::handshake::Proven;
 use crate::wire::{Fault, HEADER, HELLO_MOST, Header, OLDEST_VERSION, PREFACE, Preface};
 
 /// Bytes taken from the queues ahead of the network. What is ahead goes out before anything more urgent.
@@ -51,6 +53,8 @@ pub(crate) enum Place {
 
 /// One side of the protocol, as a link sees it.
 pub(crate) trait Peer {
+    /// The connection is encrypted, and the other side has proven who it is. Comes before everything else.
+    fn secured(&mut self, carrier: Carrier, proven: Proven) -> Result<(), Fault>;
     /// The other side's preface came: the newest version that both speak.
     fn version(&mut self, version: u16);
     /// The other side's hello came (what follows the preface).
@@ -135,6 +139,14 @@ impl Decoder {
 
     /// Handles the preface, hello or frame head at the start of `bytes`; 0 if it is not all there.
     fn head(&mut self, bytes: &[u8], peer: &mut dyn Peer) -> Result<usize, Fault> {
+        if self.stage == Stage::Preface {
+            // Something else may be shorter and then wait for us for ever.
+            Preface::begins(bytes).inspect_err(|fault| {
+                if *fault == Fault::TlsPeer {
+                    peer.other_version();
+                }
+            })?;
+        }
         let want = wanted(self.stage, self.len, bytes);
         let Some(whole) = bytes.get(..want) else { return Ok(0) };
         match self.stage {
@@ -256,6 +268,30 @@ impl Outqueue {
     /// Whether there is nothing to send.
     pub(crate) fn is_empty(&self) -> bool {
         self.frames.is_empty()
+    }
+
+    /// How many bytes there are to send.
+    pub(crate) fn len(&self) -> usize {
+        self.bytes
+    }
+
+    /// Copies the first bytes to send to `into`, and returns how many.
+    pub(crate) fn read(&self, into: &mut [u8]) -> usize {
+        let (mut skip, mut filled) = (self.offset, 0);
+        for frame in &self.frames {
+            if filled == into.len() {
+                break;
+            }
+            if let Some(head) = frame.head.get(skip..) {
+                let n = head.len().min(into.len() - filled);
+                into[filled..filled + n].copy_from_slice(&head[..n]);
+                filled += n;
+            }
+            let skipped = skip.saturating_sub(frame.head.len());
+            filled += frame.payload.read_at(skipped, &mut into[filled..]);
+            skip = 0;
+        }
+        filled
     }
 
     /// The bytes to send, as segments. They are valid until this queue changes.

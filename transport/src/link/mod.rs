@@ -1,9 +1,10 @@
-//! What carries frames between two sides: TCP today. TLS goes between the socket and the decoder, RDMA
-//! replaces both; a [`Channel`](crate::channel::Channel) and a
+//! What carries frames between two sides: TCP, with TLS between the socket and the decoder unless it is
+//! switched off; a [`Channel`](crate::channel::Channel) and a
 //! [`Connection`](crate::server::Connection) see only this trait.
 
 pub(crate) mod connect;
 pub(crate) mod tcp;
+pub(crate) mod tls;
 
 use std::time::Instant;
 
@@ -32,6 +33,9 @@ pub(crate) trait Link: Send {
 
     /// Whether the network took all that was handed to it.
     fn is_flushed(&self) -> bool;
+
+    /// When it wants to be asked to [`send`](Self::send) next at the latest, of its own.
+    fn due(&self) -> Option<Instant>;
 
     /// Since when the network takes nothing, if it does not.
     fn blocked_since(&self) -> Option<Instant>;

@@ -50,6 +50,20 @@ impl Preface {
         bytes
     }
 
+    /// Whether `bytes` may be how a preface begins.
+    ///
+    /// # Errors
+    /// They are not.
+    pub(crate) fn begins(bytes: &[u8]) -> Result<(), Fault> {
+        match bytes {
+            // A record of TLS: of a type, version 3.x.
+            [20..=23] => Ok(()),
+            [20..=23, 3, ..] => Err(Fault::TlsPeer),
+            _ if MAGIC.iter().zip(bytes).all(|(ours, theirs)| ours == theirs) => Ok(()),
+            _ => Err(Fault::NotOmega),
+        }
+    }
+
     /// Reads and checks a preface.
     ///
     /// # Errors

@@ -88,6 +88,36 @@ pub enum Fault {
     /// The first bytes are not a hello.
     #[error("The other side does not speak Omega's protocol")]
     NotOmega,
+    /// The first bytes are TLS's, and none is spoken here.
+    #[error("The other side speaks TLS, and this side has no identity to speak it with")]
+    TlsPeer,
+    /// The first bytes are a hello, and TLS is spoken here.
+    #[error("The other side speaks without TLS, and this side demands it")]
+    PlainPeer,
+    /// The first bytes are not TLS's.
+    #[error("The other side does not speak TLS")]
+    NotTls,
+    /// This side ended TLS. The text says why.
+    #[error("{0}")]
+    Tls(String),
+    /// The other side ended TLS with an alert. The text says in words which.
+    #[error("The peer refused the connection: {0}")]
+    Refused(String),
+    /// The handshake of TLS took too long.
+    #[error("The peer did not finish its TLS handshake in time")]
+    HandshakeTimeout,
+    /// The keys encrypted as much as they may.
+    #[error("The connection's keys are used up; a new connection goes on")]
+    KeysUsed,
+    /// The end came without TLS's word for it.
+    #[error("The connection was cut")]
+    Cut,
+    /// The peer's certificate was revoked while it was connected.
+    #[error("The certificate of {0} was revoked")]
+    Revoked(String),
+    /// Another node began the session.
+    #[error("The session belongs to another node")]
+    NotYours,
     /// There is no version that both sides speak.
     #[error(
         "The peer speaks versions {oldest} to {newest} of the protocol, this program {OLDEST_VERSION} to \

@@ -7,8 +7,10 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use transport::Carrier;
 use transport::buffer::Buffer;
 use transport::channel::{Answer, Call, Channel, Config, Event, Names};
+use transport::identity::{Peer, Security};
 use transport::metrics::{Metrics, Operations, Recorder, Registration, Registry};
 use transport::ring::Ring;
 use transport::server::{self, Connection, Limits, Request, Sessions};
@@ -37,6 +39,8 @@ pub struct Server {
     pub sockets: Arc<Mutex<Vec<TcpStream>>>,
     /// Why connections ended.
     pub closed: Arc<Mutex<Vec<String>>>,
+    /// Who proved to be connected, and by what.
+    pub opened: Arc<Mutex<Vec<(Option<Peer>, Carrier)>>>,
     pub stop: Arc<AtomicBool>,
     pub most_in_flight: Arc<AtomicU64>,
     /// What its connections count.
@@ -49,7 +53,16 @@ impl Server {
         Self::at("127.0.0.1:0", limits)
     }
 
+    /// With TLS, as the identity says.
+    pub fn secured(limits: Limits, security: Security) -> Self {
+        Self::with("127.0.0.1:0", limits, security)
+    }
+
     pub fn at(address: &str, limits: Limits) -> Self {
+        Self::with(address, limits, Security::Plain)
+    }
+
+    fn with(address: &str, limits: Limits, security: Security) -> Self {
         let deadline = Instant::now() + Duration::from_secs(5);
         let listener = loop {
             match TcpListener::bind(address) {
@@ -65,17 +78,19 @@ impl Server {
             counts: Arc::default(),
             sockets: Arc::default(),
             closed: Arc::default(),
+            opened: Arc::default(),
             stop: Arc::default(),
             most_in_flight: Arc::default(),
             registry: Registry::new(4),
             accept: None,
         };
-        let (registry, sessions, counts, sockets, closed, stop, most) = (
+        let (registry, sessions, counts, sockets, closed, opened, stop, most) = (
             server.registry.clone(),
             server.sessions.clone(),
             server.counts.clone(),
             server.sockets.clone(),
             server.closed.clone(),
+            server.opened.clone(),
             server.stop.clone(),
             server.most_in_flight.clone(),
         );
@@ -94,8 +109,9 @@ impl Server {
                     stop.clone(),
                     most.clone(),
                 );
+                let (security, opened) = (security.clone(), opened.clone());
                 threads.push(std::thread::spawn(move || {
-                    serve(socket, &registry, sessions, &counts, &closed, &stop, &most);
+                    serve(socket, &registry, sessions, &security, &counts, &closed, &opened, &stop, &most);
                 }));
             }
             for thread in threads {
@@ -126,17 +142,20 @@ impl Drop for Server {
     }
 }
 
+#[allow(clippy::too_many_arguments)] // one for each thing that a test looks at
 fn serve(
     socket: TcpStream,
     registry: &Arc<Registry>,
     sessions: Arc<Sessions>,
+    security: &Security,
     counts: &Mutex<std::collections::HashMap<u64, u32>>,
     closed: &Mutex<Vec<String>>,
+    opened: &Mutex<Vec<(Option<Peer>, Carrier)>>,
     stop: &AtomicBool,
     most: &AtomicU64,
 ) {
     let mut ring = Ring::new(64).expect("io_uring works here");
-    let mut connection = Connection::new(socket, sessions, &mut ring);
+    let mut connection = Connection::new(socket, sessions, security, &mut ring);
     let recorder = Recorder::new(OPERATIONS);
     let metrics = recorder.metrics();
     connection.record(recorder);
@@ -169,7 +188,10 @@ fn serve(
         }
         for event in events.drain(..) {
             match event {
-                server::Event::Opened { peer, .. } => registered = Some(registry.add(&peer, metrics.clone())),
+                server::Event::Opened { name, peer, carrier, .. } => {
+                    registered = Some(registry.add(&name, metrics.clone()));
+                    opened.lock().unwrap().push((peer, carrier));
+                }
                 server::Event::Carrier(_) | server::Event::Cancel { .. } => {}
                 server::Event::Closed { reason } => {
                     closed.lock().unwrap().push(reason);
@@ -217,6 +239,7 @@ pub struct Client {
     pub answers: Vec<Answer>,
     pub opened: u32,
     pub resumed: u32,
+    pub met: Option<(Option<Peer>, Carrier)>,
     pub lost: Vec<String>,
     /// A new session is ready after so many answers.
     pub setup_first: usize,
@@ -229,11 +252,22 @@ impl Client {
         Self::named(&address.to_string(), Duration::from_secs(2))
     }
 
+    /// With TLS, as the identity says; the server must be `node`.
+    pub fn secured(address: SocketAddr, security: Security, node: Option<&str>) -> Self {
+        Self::with(&address.to_string(), Duration::from_secs(2), security, node)
+    }
+
     pub fn named(address: &str, dead_after: Duration) -> Self {
+        Self::with(address, dead_after, Security::Plain, None)
+    }
+
+    fn with(address: &str, dead_after: Duration, security: Security, node: Option<&str>) -> Self {
         let mut ring = Ring::new(64).expect("io_uring works here");
         let config = Config {
             address: address.to_owned(),
             name: "test client".to_owned(),
+            security,
+            node: node.map(str::to_owned),
             dead_after,
             retry_first: Duration::from_millis(2),
             retry_most: Duration::from_millis(50),
@@ -245,7 +279,7 @@ impl Client {
         let metrics = recorder.metrics();
         channel.record(recorder);
         let (answers, lost) = (Vec::new(), Vec::new());
-        Self { ring, channel, answers, opened: 0, resumed: 0, lost, setup_first: 0, metrics }
+        Self { ring, channel, answers, opened: 0, resumed: 0, met: None, lost, setup_first: 0, metrics }
     }
 
     /// One round of the ring, of at most `most`.
@@ -262,14 +296,15 @@ impl Client {
         }
         for event in events {
             match event {
-                Event::Opened { .. } => {
+                Event::Opened { peer, carrier, .. } => {
+                    self.met = Some((peer, carrier));
                     self.opened += 1;
                     if self.setup_first == 0 {
                         self.channel.ready();
                     }
                 }
-                Event::Resumed => self.resumed += 1,
                 Event::Carrier { .. } => {}
+                Event::Resumed { .. } => self.resumed += 1,
                 Event::Lost { reason } => self.lost.push(reason),
                 Event::Answer(answer) => {
                     self.answers.push(answer);

@@ -202,7 +202,8 @@ impl Meeting<'_> {
 /// Each [`ConnectError`]: one line that says what is wrong and where.
 pub fn connect(options: Options, timeout: Duration) -> Result<RemoteDisk, ConnectError> {
     let options = Options { agent: with_port(&options.agent), ..options };
-    let client = Client::new(&options.agent, &options.name)
+    let client = options
+        .client()
         .map_err(|source| ConnectError::Unreachable { agent: options.agent.clone(), source })?;
     let mut meeting = Meeting { options: &options, client, until: Instant::now() + timeout, heard: false };
     let acquired = meeting.acquire()?;
@@ -225,7 +226,7 @@ pub fn connect(options: Options, timeout: Duration) -> Result<RemoteDisk, Connec
 
 /// Gives a lease back, so that another holder need not wait until it expires.
 pub(super) fn release(options: &Options, lease: Lease) {
-    let result = Client::new(&options.agent, &options.name).and_then(|mut client| {
+    let result = options.client().and_then(|mut client| {
         client.call(Class::Control, opcode::RELEASE, &lease.encode(), Vec::new(), 0, RELEASE_TIMEOUT)
     });
     if let Err(error) = result {

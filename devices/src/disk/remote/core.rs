@@ -188,12 +188,12 @@ impl Core {
     /// What happened on the connection.
     pub(super) fn event(&mut self, link: &mut impl Link, event: Event, now: Instant, done: &mut Vec<Done>) {
         match event {
-            Event::Opened { boot, instance, peer } => {
+            Event::Opened { boot, instance, name, carrier, .. } => {
                 let (instance, boot) = (format_args!("{instance:x}"), format_args!("{boot:x}"));
-                tracing::debug!(%peer, %instance, %boot, "A session was opened");
+                tracing::debug!(peer = %name, %instance, %boot, %carrier, "A session was opened");
                 self.begin_setup(link);
             }
-            Event::Resumed => {
+            Event::Resumed { .. } => {
                 Counters::add(&self.counters.resumptions);
                 if self.setup.is_ready() {
                     self.back(now);

@@ -16,7 +16,9 @@ mod model_test;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use transport::blocking::{self, Client};
 use transport::channel::{Call, Channel, Config, Event, Names, Transport};
+use transport::identity::Security;
 use transport::ring::{Completion, Ring};
 use transport::wire::Class;
 
@@ -48,6 +50,10 @@ pub struct Options {
     pub holder: u128,
     /// The holder's name, for people: the guest's and this PC's.
     pub name: String,
+    /// How connections to the agent are protected.
+    pub security: Security,
+    /// The node that the agent must prove to be; `None`: any agent of the household.
+    pub node: Option<String>,
     /// Refuse the guest's writes.
     pub read_only: bool,
     /// How long requests wait for an agent that cannot be reached; `None`: for ever.
@@ -63,7 +69,7 @@ pub struct Options {
 }
 
 impl Options {
-    /// A volume with the default patience (for ever) and log (32 MiB), for a new, random holder.
+    /// A volume with the default patience (for ever) and log (32 MiB), for a new, random holder, without TLS.
     ///
     /// # Errors
     /// The kernel gives no random bytes.
@@ -75,6 +81,8 @@ impl Options {
             volume: volume.to_owned(),
             holder: u128::from_le_bytes(holder),
             name: name.to_owned(),
+            security: Security::Plain,
+            node: None,
             read_only: false,
             patience: None,
             on_timeout: OnTimeout::Wait,
@@ -84,10 +92,17 @@ impl Options {
         })
     }
 
+    /// A connection for the calls around a guest's life.
+    fn client(&self) -> Result<Client, blocking::Error> {
+        Client::new(&self.agent, &self.name, &self.security, self.node.as_deref())
+    }
+
     fn channel(&self) -> Config {
         Config {
             address: with_port(&self.agent),
             name: self.name.clone(),
+            security: self.security.clone(),
+            node: self.node.clone(),
             dead_after: self.dead_after,
             retry_first: Duration::from_millis(20),
             retry_most: Duration::from_secs(1),
@@ -254,7 +269,7 @@ fn give_back(channel: &mut Channel, ring: &mut Ring, lease: Lease) {
         let is_end = |event: &Event| match event {
             Event::Answer(answer) => answer.tag == Tag::Release.number(),
             Event::Lost { .. } => true,
-            Event::Opened { .. } | Event::Resumed | Event::Carrier { .. } => false,
+            Event::Opened { .. } | Event::Resumed { .. } | Event::Carrier { .. } => false,
         };
         if events.drain(..).any(|event| is_end(&event)) || now >= until {
             break;

@@ -4,6 +4,7 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
+use transport::Carrier;
 use transport::buffer::Buffer;
 use transport::channel::{Answer, Call, Event};
 use transport::wire::{Body, Status};
@@ -382,7 +383,7 @@ impl World {
         }
         self.wire.up = true;
         if self.wire.session != Session::None {
-            return self.event(Event::Resumed);
+            return self.event(Event::Resumed { carrier: Carrier::Tcp });
         }
         let (setup, rest) = std::mem::take(&mut self.wire.calls).into_iter().partition(|(c, _)| c.setup);
         self.wire.calls = rest;
@@ -391,7 +392,13 @@ impl World {
         }
         self.wire.session = Session::Opening;
         let Pc { instance, boot, .. } = self.pc;
-        self.event(Event::Opened { instance, boot, peer: "pc2".to_owned() });
+        self.event(Event::Opened {
+            instance,
+            boot,
+            name: "pc2".to_owned(),
+            peer: None,
+            carrier: Carrier::Tcp,
+        });
     }
 
     fn abort(&mut self) {
