@@ -8,7 +8,7 @@ pub(crate) mod tls;
 
 use std::time::Instant;
 
-pub use crate::carrier::Carrier;
+use crate::carrier::Carrier;
 use crate::core::stream::Peer;
 use crate::ring::Ring;
 use crate::wire::Fault;

@@ -339,3 +339,15 @@ pub fn call(tag: u64, opcode: u16, body: &[u8], payload: Buffer, answer_len: usi
         setup: false,
     }
 }
+
+/// What `look` finds, at most ten seconds later.
+pub fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        if let Some(found) = look() {
+            return found;
+        }
+        assert!(Instant::now() < deadline, "{what} did not come");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}

@@ -26,7 +26,7 @@ pub(super) fn refused(alert: AlertDescription) -> Fault {
         A::ProtocolVersion => "it does not speak TLS 1.3, or no TLS at all (protocol version)",
         A::UnexpectedMessage => "something else than TLS came to it (unexpected message)",
         A::HandshakeFailure => "both sides have no cipher in common (handshake failure)",
-        A::DecryptError => "a signature of this node is wrong (decrypt error)",
+        A::DecryptError => "a signature of this node is wrong, perhaps that of another CA (decrypt error)",
         A::BadRecordMac => "what came to it was changed on the way (bad record MAC)",
         other => return Fault::Refused(format!("alert {other:?}")),
     };
@@ -80,7 +80,8 @@ fn certificate(error: &CertificateError) -> String {
         C::ExpiredRevocationList | C::ExpiredRevocationListContext { .. } => {
             "This node's list of revoked certificates is too old"
         }
-        C::BadSignature => "The signature of the peer's certificate is wrong",
+        // Of a CA with the name of ours.
+        C::BadSignature => "The peer's certificate is not of this household's CA: its signature is another's",
         other => {
             let detail = printable(other.to_string().as_bytes());
             return format!("The peer's certificate was refused: {detail}");
