@@ -5,11 +5,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use devices::disk::file::FileDisk;
-use devices::disk::volume::{Access, Acquire, Acquired, Lease, Open, Opened, Refusal, opcode, status};
+use devices::disk::volume::{
+    Access, Acquire, Acquired, Lease, OPERATIONS, Open, Opened, Refusal, opcode, status,
+};
 use devices::disk::{self, Disk, Done, Operation};
 use slab::Slab;
 use transport::buffer::Buffer;
 use transport::identity::Security;
+use transport::metrics::{Metrics, Recorder, Registration};
 use transport::ring::{Completion, Ring, Token};
 use transport::server::{Connection, Event, Request};
 use transport::wire::{MAX_PAYLOAD, Status};
@@ -59,6 +62,9 @@ struct Worker {
     connection: Connection,
     wake: Token,
     peer: String,
+    /// What this connection counts, and its place among its peer's.
+    metrics: Arc<Metrics>,
+    registration: Option<Registration>,
     asker: Asker,
     /// What was refused and is in the log already: a peer that asks again and again is told, the log is not.
     told: Vec<String>,
@@ -82,7 +88,10 @@ pub(crate) fn serve(
     socket: std::net::TcpStream,
 ) -> std::io::Result<()> {
     let mut ring = Ring::new(ENTRIES)?;
-    let connection = Connection::new(socket, Arc::clone(&agent.sessions), &Security::Plain, &mut ring);
+    let mut connection = Connection::new(socket, Arc::clone(&agent.sessions), &Security::Plain, &mut ring);
+    let recorder = Recorder::new(OPERATIONS);
+    let metrics = recorder.metrics();
+    connection.record(recorder);
     let wake = ring.source().token(0);
     ring.poll_readable(handle.wake.as_raw_fd(), true, wake);
     let mut disks = Vec::new();
@@ -94,6 +103,8 @@ pub(crate) fn serve(
         connection,
         wake,
         peer: String::new(),
+        metrics,
+        registration: None,
         asker: Asker::Unproven,
         told: Vec::new(),
         session: 0,
@@ -178,6 +189,7 @@ impl Worker {
                     tracing::info!(peer = %name, resumed, %carrier, "A peer is connected");
                     self.peer = name;
                     self.session = session;
+                    self.count();
                 }
                 Event::Request(request) => self.request(request),
                 // Its answer comes anyway: I/O that has begun is better finished than torn.
@@ -193,7 +205,15 @@ impl Worker {
         self.answer_done();
     }
 
+    /// Has this connection counted among those of its peer: by the name that it proved, where it did.
+    fn count(&mut self) {
+        let name = self.asker.node().unwrap_or(&self.peer);
+        self.registration = Some(self.agent.metrics.add(name, Arc::clone(&self.metrics)));
+    }
+
     fn request(&mut self, request: Request) {
+        let span = request.span.clone();
+        let _in_its_name = span.enter();
         match request.opcode {
             opcode::READ | opcode::WRITE | opcode::FLUSH | opcode::DISCARD | opcode::WRITE_ZEROES => {
                 self.access(request);
@@ -204,6 +224,7 @@ impl Worker {
             opcode::OPEN => self.open(&request),
             opcode::VOLUMES => self.report(&request, self.agent.volumes_json(&self.asker)),
             opcode::INVENTORY => self.inventory(&request),
+            opcode::ECHO => self.echo(request),
             _ => self.connection.answer(request.id, Status::UNKNOWN_OPERATION, &[], Buffer::empty()),
         }
     }
@@ -237,6 +258,21 @@ impl Worker {
             tracing::warn!(peer = %self.peer, %why, "Refused");
             self.told.push(why);
         }
+    }
+
+    /// Gives the payload back, or so many bytes as are asked for. Nothing is told that the peer did not send.
+    fn echo(&mut self, request: Request) {
+        let Request { id, payload, answer_len, .. } = request;
+        let answer = match payload.slice(0, answer_len) {
+            Some(part) => part,
+            None if answer_len > MAX_PAYLOAD => return self.malformed(id, &"An answer of more than 1 MiB"),
+            None => {
+                let answer = self.connection.buffer(answer_len);
+                answer.fill(0);
+                answer
+            }
+        };
+        self.connection.answer(id, Status::OK, &[], answer);
     }
 
     fn inventory(&mut self, request: &Request) {

@@ -14,6 +14,7 @@ use devices::disk::volume::{self as protocol, Acquire, Lease};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use sd_notify::NotifyState;
+use transport::metrics::Registry;
 use transport::server::{Limits, Sessions};
 
 use crate::config::{Access, Config};
@@ -28,12 +29,17 @@ const LOCK_WAIT: Duration = Duration::from_secs(10);
 /// A connection's thread that did not come round for so long hangs.
 const HANG: Duration = Duration::from_secs(30);
 
+/// So many peers are counted by name.
+const PEERS: usize = 64;
+
 /// What all connections share.
 pub struct Agent {
     pub(crate) volumes: Vec<Volume>,
     pub(crate) policy: Policy,
     pub(crate) leases: Mutex<Table>,
     pub(crate) sessions: Arc<Sessions>,
+    /// What the connections count, by peer.
+    pub(crate) metrics: Arc<Registry>,
     stopping: AtomicBool,
     born: Instant,
     connections: Mutex<Vec<Arc<Handle>>>,
@@ -89,6 +95,7 @@ impl Agent {
             volumes: config.volume.iter().cloned().map(Volume::new).collect(),
             policy,
             leases: Mutex::new(Table::load(&config.state_folder(), config.lease_ttl.0)?),
+            metrics: Registry::new(PEERS),
             sessions: Sessions::new(&config.agent_name(), limits),
             stopping: AtomicBool::new(false),
             born: Instant::now(),

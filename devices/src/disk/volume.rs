@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use transport::metrics::Operations;
 use transport::wire::{Body, Status};
 
 use super::{Error, Geometry};
@@ -37,7 +38,25 @@ pub mod opcode {
     pub const VOLUMES: u16 = 0x0120;
     /// Nothing to a payload: JSON, the agent's inventory.
     pub const INVENTORY: u16 = 0x0121;
+    /// A payload, back: as many bytes of it as the answer may have. For measuring the way.
+    pub const ECHO: u16 = 0x0122;
 }
+
+/// The operations' names, for what counts them.
+pub const OPERATIONS: Operations = Operations(&[
+    (opcode::READ, "read"),
+    (opcode::WRITE, "write"),
+    (opcode::FLUSH, "flush"),
+    (opcode::DISCARD, "discard"),
+    (opcode::WRITE_ZEROES, "write_zeroes"),
+    (opcode::RENEW, "renew"),
+    (opcode::ACQUIRE, "acquire"),
+    (opcode::RELEASE, "release"),
+    (opcode::OPEN, "open"),
+    (opcode::VOLUMES, "volumes"),
+    (opcode::INVENTORY, "inventory"),
+    (opcode::ECHO, "echo"),
+]);
 
 /// Answers other than success; the body is a [`Refusal`].
 pub mod status {

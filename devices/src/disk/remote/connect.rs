@@ -5,11 +5,14 @@ use std::time::{Duration, Instant};
 
 use transport::blocking::{self, Client, Reply};
 use transport::channel::Names;
+use transport::metrics::Recorder;
 use transport::wire::{Class, Status};
 
 use super::core::Core;
 use super::{Options, RemoteDisk};
-use crate::disk::volume::{Acquire, Acquired, Lease, Malformed, Open, Opened, Refusal, opcode, status};
+use crate::disk::volume::{
+    Acquire, Acquired, Lease, Malformed, OPERATIONS, Open, Opened, Refusal, opcode, status,
+};
 
 /// The port at which agents listen.
 pub const DEFAULT_PORT: u16 = 7420;
@@ -221,7 +224,16 @@ pub fn connect(options: Options, timeout: Duration) -> Result<RemoteDisk, Connec
     let agent = &options.agent;
     let names = Names::of(agent).map_err(|source| ConnectError::Names { agent: agent.clone(), source })?;
     let core = Core::new(options, geometry, opened.identity, lease, acquired.ttl);
-    Ok(RemoteDisk { core, channel: None, names: Some(names), events: Vec::new(), reachable: true })
+    let recorder = Recorder::new(OPERATIONS);
+    Ok(RemoteDisk {
+        core,
+        channel: None,
+        names: Some(names),
+        metrics: recorder.metrics(),
+        recorder: Some(recorder),
+        events: Vec::new(),
+        reachable: true,
+    })
 }
 
 /// Gives a lease back, so that another holder need not wait until it expires.

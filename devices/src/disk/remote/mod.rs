@@ -19,6 +19,7 @@ use std::time::{Duration, Instant};
 use transport::blocking::{self, Client};
 use transport::channel::{Call, Channel, Config, Event, Names, Transport};
 use transport::identity::Security;
+use transport::metrics::{Metrics, Recorder};
 use transport::ring::{Completion, Ring};
 use transport::wire::Class;
 
@@ -117,6 +118,9 @@ pub struct RemoteDisk {
     channel: Option<Channel>,
     /// How the channel finds the agent: made before, since the disk's thread may not start another.
     names: Option<Names>,
+    /// What its channel counts, and who will write it.
+    metrics: Arc<Metrics>,
+    recorder: Option<Recorder>,
     events: Vec<Event>,
     /// Whether the agent answered when it was last heard of.
     reachable: bool,
@@ -140,6 +144,12 @@ impl RemoteDisk {
     #[must_use]
     pub fn counters(&self) -> Arc<Counters> {
         Arc::clone(&self.core.counters)
+    }
+
+    /// What its connection counts: requests, bytes and latencies by class and operation.
+    #[must_use]
+    pub fn metrics(&self) -> Arc<Metrics> {
+        Arc::clone(&self.metrics)
     }
 
     /// Hands what happened to the core.
@@ -178,7 +188,8 @@ impl Disk for RemoteDisk {
         let config = self.core.options.channel();
         let again = || Error::Io(std::io::Error::other("The disk was attached already"));
         let names = self.names.take().ok_or_else(again)?;
-        self.channel = Some(Channel::new(config, names, ring));
+        let channel = self.channel.insert(Channel::new(config, names, ring));
+        self.recorder.take().into_iter().for_each(|recorder| channel.record(recorder));
         self.core.away_since = Some(now);
         Ok(())
     }
