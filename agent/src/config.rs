@@ -28,6 +28,8 @@ pub struct Config {
     /// The folder of this PC's identity, which `omega-agent join` fills; by default `identity` in the state
     /// folder. With an identity every connection is mutual TLS, on loopback too.
     pub identity: Option<PathBuf>,
+    /// Where to serve metrics for Prometheus, as `127.0.0.1:9742`; nowhere by default.
+    pub metrics: Option<String>,
     /// The name that guests' logs show for this PC; its host name by default.
     pub name: Option<String>,
     /// Where leases are stored; by default systemd's state folder, or `/var/lib/omega-agent`.
@@ -137,6 +139,7 @@ impl Default for Config {
             listen: "127.0.0.1:7420".to_owned(),
             insecure: false,
             identity: None,
+            metrics: None,
             name: None,
             state: None,
             lease_ttl: Span(Duration::from_secs(15)),
@@ -187,6 +190,12 @@ impl Config {
         self.listen.parse().unwrap_or(SocketAddr::from(([127, 0, 0, 1], 7420)))
     }
 
+    /// The address to serve metrics on, if any.
+    #[must_use]
+    pub fn metrics_address(&self) -> Option<SocketAddr> {
+        self.metrics.as_ref().and_then(|address| address.parse().ok())
+    }
+
     /// The name for guests' logs.
     #[must_use]
     pub fn agent_name(&self) -> String {
@@ -216,6 +225,12 @@ fn check(config: &Config, checker: &mut Checker<'_>) {
         checker.wrong(
             &root.key("listen"),
             format!("`{}` is no address with a port; write for example `127.0.0.1:7420`", config.listen),
+        );
+    }
+    if config.metrics.is_some() && config.metrics_address().is_none() {
+        checker.wrong(
+            &root.key("metrics"),
+            "this is no address with a port; write for example `127.0.0.1:9742`",
         );
     }
     if config.lease_ttl.0 < Duration::from_secs(1) {
@@ -375,6 +390,7 @@ mod tests {
         let twice = "[[volume]]\nname = 'a'\npath = '/a'\n[[volume]]\nname = 'a'\npath = '/a'\n";
         let text = mistakes(twice);
         assert!(text.contains("agent.toml:5:") && text.contains("agent.toml:6:"), "{text}");
+        assert!(mistakes("metrics = '9742'").contains("127.0.0.1:9742"));
         assert!(mistakes("listen = 'pc2'").contains("127.0.0.1:7420"));
         assert!(mistakes("[[volume]]\nname = 'a b'\npath = '/a'").contains("letters"));
         assert!(mistakes("[[volume]]\nname = 'a'\npath = '/a'\ncreate = '100'").contains("512"));

@@ -9,6 +9,7 @@ pub mod config;
 mod connection;
 pub mod inventory;
 pub mod lease;
+mod metrics;
 pub mod policy;
 pub mod serve;
 pub mod volume;
@@ -49,6 +50,14 @@ pub enum Error {
     Unproven {
         /// Where an identity was looked for.
         identity: std::path::PathBuf,
+    },
+    /// The address for metrics cannot be listened on.
+    #[error("Cannot serve metrics on {address}: {source}; is another agent running, or `metrics` wrong?")]
+    Metrics {
+        /// The address.
+        address: std::net::SocketAddr,
+        /// Why.
+        source: std::io::Error,
     },
     /// The lease table cannot be read or written.
     #[error("Cannot use the state folder {path}: {source}", path = path.display())]

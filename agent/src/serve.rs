@@ -21,7 +21,7 @@ use crate::config::{Access, Config};
 use crate::lease::{Activity, Refused, Table};
 use crate::policy::{Asker, Policy};
 use crate::volume::{Grant, User, Volume, lock};
-use crate::{Error, connection, inventory};
+use crate::{Error, connection, inventory, metrics};
 
 /// How long an image that another process has locked is waited for at the start: an agent that was killed
 /// may leave I/O behind that the kernel still finishes.
@@ -40,6 +40,7 @@ pub struct Agent {
     pub(crate) sessions: Arc<Sessions>,
     /// What the connections count, by peer.
     pub(crate) metrics: Arc<Registry>,
+    name: String,
     stopping: AtomicBool,
     born: Instant,
     connections: Mutex<Vec<Arc<Handle>>>,
@@ -97,11 +98,22 @@ impl Agent {
             leases: Mutex::new(Table::load(&config.state_folder(), config.lease_ttl.0)?),
             metrics: Registry::new(PEERS),
             sessions: Sessions::new(&config.agent_name(), limits),
+            name: config.agent_name(),
             stopping: AtomicBool::new(false),
             born: Instant::now(),
             connections: Mutex::new(Vec::new()),
             ticked: Mutex::new(Instant::now()),
         })
+    }
+
+    /// Its name for people.
+    pub(crate) fn name(&self) -> String {
+        self.name.clone()
+    }
+
+    /// How many connections are served now.
+    pub(crate) fn connections(&self) -> usize {
+        lock(&self.connections).len()
     }
 
     pub(crate) fn is_stopping(&self) -> bool {
@@ -322,6 +334,9 @@ pub fn run(config: &Config) -> Result<(), Error> {
     let agent = Arc::new(Agent::new(config, policy)?);
     agent.open_volumes();
     agent.tick(config.lease_ttl.0);
+    if let Some(address) = config.metrics_address() {
+        metrics::start(address, &agent)?;
+    }
     let listener = TcpListener::bind(address).map_err(|source| Error::Listen { address, source })?;
     listener.set_nonblocking(true).map_err(|source| Error::Listen { address, source })?;
     let bound = listener.local_addr().unwrap_or(address);

@@ -1,0 +1,233 @@
+//! `GET /metrics`, and a clear answer to everything else.
+//!
+//! One request a connection and one connection at a time: whoever is slow is cut off, so the next one's wait
+//! has a bound, and so has the memory. See RFC 9112 for what is read and written here.
+
+use std::io::{self, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// The longest head of a request.
+const HEAD: usize = 8 << 10;
+/// How long a request may take to come.
+const READ_WITHIN: Duration = Duration::from_secs(2);
+/// How long an answer may take to go.
+const WRITE_WITHIN: Duration = Duration::from_secs(5);
+/// The format that the body has.
+const FORMAT: &str = "text/plain; version=0.0.4; charset=utf-8";
+
+/// What a request is answered with.
+#[derive(Debug, PartialEq, Eq)]
+enum Verdict {
+    /// The metrics, or only what a `GET` would be headed by.
+    Metrics { head_only: bool },
+    /// Status line, and a word for people.
+    Refused(&'static str, &'static str),
+}
+
+/// Answers requests until the process ends.
+pub(super) fn serve(listener: &TcpListener, text: impl Fn() -> String) {
+    loop {
+        let result = listener.accept().and_then(|(socket, _)| answer(socket, &text));
+        match result {
+            Ok(()) => {}
+            // A peer that is slow or gone is its own affair.
+            Err(why) if is_peers(&why) => tracing::debug!(%why, "A metrics request was not answered"),
+            Err(why) => {
+                // Out of descriptors; the agent goes on, and so does this after a while.
+                tracing::debug!(%why, "A metrics connection could not be taken");
+                thread::sleep(Duration::from_millis(100));
+            }
+        }
+    }
+}
+
+fn is_peers(why: &io::Error) -> bool {
+    use io::ErrorKind as Kind;
+    matches!(
+        why.kind(),
+        Kind::WouldBlock
+            | Kind::TimedOut
+            | Kind::ConnectionReset
+            | Kind::ConnectionAborted
+            | Kind::BrokenPipe
+            | Kind::UnexpectedEof
+            | Kind::WriteZero
+            | Kind::Interrupted
+            | Kind::NotConnected
+    )
+}
+
+fn answer(mut socket: TcpStream, text: &impl Fn() -> String) -> io::Result<()> {
+    let head = read_head(&mut socket)?;
+    let verdict = judge(head.as_deref());
+    let (status, format, body, head_only) = match verdict {
+        Verdict::Metrics { head_only } => ("200 OK", FORMAT, text(), head_only),
+        Verdict::Refused(status, why) => (status, "text/plain; charset=utf-8", format!("{why}\n"), false),
+    };
+    let allow = if status.starts_with("405") { "Allow: GET, HEAD\r\n" } else { "" };
+    let mut answer = format!(
+        "HTTP/1.1 {status}\r\nContent-Type: {format}\r\nContent-Length: {}\r\n{allow}Connection: close\r\n\r\n",
+        body.len()
+    );
+    if !head_only {
+        answer.push_str(&body);
+    }
+    write_all(&mut socket, answer.as_bytes())
+}
+
+/// The head of a request; `None` if it is too long.
+fn read_head(socket: &mut TcpStream) -> io::Result<Option<Vec<u8>>> {
+    let until = Instant::now() + READ_WITHIN;
+    let mut head = Vec::new();
+    loop {
+        let left = until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        socket.set_read_timeout(Some(left))?;
+        let mut some = [0; 1024];
+        let n = socket.read(&mut some)?;
+        if n == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        // The end may lie across two pieces.
+        let from = head.len().saturating_sub(3);
+        head.extend_from_slice(&some[..n]);
+        if let Some(end) = head[from..].windows(4).position(|four| four == b"\r\n\r\n") {
+            head.truncate(from + end);
+            return Ok(Some(head));
+        }
+        if head.len() > HEAD {
+            return Ok(None);
+        }
+    }
+}
+
+fn write_all(socket: &mut TcpStream, mut bytes: &[u8]) -> io::Result<()> {
+    let until = Instant::now() + WRITE_WITHIN;
+    while !bytes.is_empty() {
+        let left = until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        socket.set_write_timeout(Some(left))?;
+        match socket.write(bytes) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(n) => bytes = bytes.get(n..).unwrap_or_default(),
+            Err(why) if why.kind() == io::ErrorKind::Interrupted => {}
+            Err(why) => return Err(why),
+        }
+    }
+    Ok(())
+}
+
+/// What the request with this head gets. The head's fields mean nothing here: there is no body to a `GET`, and
+/// one format.
+fn judge(head: Option<&[u8]>) -> Verdict {
+    let Some(head) = head else {
+        return Verdict::Refused("431 Request Header Fields Too Large", "The request's head is too long");
+    };
+    let malformed = Verdict::Refused("400 Bad Request", "This is no HTTP request");
+    let line = head.split(|byte| *byte == b'\r').next().unwrap_or_default();
+    let Ok(line) = std::str::from_utf8(line) else { return malformed };
+    let mut words = line.split(' ');
+    let (Some(method), Some(target), Some(version), None) =
+        (words.next(), words.next(), words.next(), words.next())
+    else {
+        return malformed;
+    };
+    if !matches!(version, "HTTP/1.1" | "HTTP/1.0") {
+        return match version.starts_with("HTTP/") {
+            true => Verdict::Refused("505 HTTP Version Not Supported", "HTTP/1.1 is spoken here"),
+            false => malformed,
+        };
+    }
+    let path = target.split('?').next().unwrap_or_default();
+    match (method, path) {
+        ("GET", "/metrics") => Verdict::Metrics { head_only: false },
+        ("HEAD", "/metrics") => Verdict::Metrics { head_only: true },
+        (_, "/metrics") => Verdict::Refused("405 Method Not Allowed", "GET it"),
+        _ => Verdict::Refused("404 Not Found", "There is only /metrics"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn verdict(head: &str) -> String {
+        match judge(Some(head.as_bytes())) {
+            Verdict::Metrics { head_only } => format!("metrics {head_only}"),
+            Verdict::Refused(status, _) => status.chars().take(3).collect(),
+        }
+    }
+
+    #[test]
+    fn only_a_get_of_metrics_gets_them() {
+        for (head, expected) in [
+            ("GET /metrics HTTP/1.1\r\nHost: a", "metrics false"),
+            ("GET /metrics?x=1 HTTP/1.0", "metrics false"),
+            ("HEAD /metrics HTTP/1.1", "metrics true"),
+            ("POST /metrics HTTP/1.1", "405"),
+            ("GET / HTTP/1.1", "404"),
+            ("GET /metrics/ HTTP/1.1", "404"),
+            ("GET /metrics HTTP/2", "505"),
+            ("GET /metrics", "400"),
+            ("GET  /metrics HTTP/1.1", "400"),
+            ("\u{0}omega", "400"),
+            ("", "400"),
+        ] {
+            assert_eq!(verdict(head), expected, "{head:?}");
+        }
+        assert!(matches!(judge(None), Verdict::Refused(status, _) if status.starts_with("431")));
+        assert!(matches!(judge(Some(b"\xff\xfe")), Verdict::Refused(status, _) if status.starts_with("400")));
+    }
+
+    fn ask(request: &[u8]) -> (Vec<u8>, io::Result<()>) {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+        let address = listener.local_addr().expect("an address");
+        let server = thread::spawn(move || {
+            let (socket, _) = listener.accept()?;
+            answer(socket, &|| "omega 1\n".to_owned())
+        });
+        let mut socket = TcpStream::connect(address).expect("it listens");
+        socket.write_all(request).expect("it is taken");
+        let mut answer = Vec::new();
+        // It may end in a reset where not all of the request was read.
+        let _ = socket.read_to_end(&mut answer);
+        (answer, server.join().expect("no panic"))
+    }
+
+    #[test]
+    fn an_answer_has_its_length_and_its_format() {
+        let (answer, result) = ask(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n");
+        result.expect("it is answered");
+        let text = String::from_utf8(answer).expect("text");
+        let (head, body) = text.split_once("\r\n\r\n").expect("a head");
+        assert!(head.starts_with("HTTP/1.1 200 OK\r\n"), "{head}");
+        assert!(head.contains("Content-Length: 8") && head.contains("version=0.0.4"), "{head}");
+        assert_eq!(body, "omega 1\n");
+        let (answer, _) = ask(b"HEAD /metrics HTTP/1.1\r\n\r\n");
+        assert!(answer.ends_with(b"\r\n\r\n"), "a HEAD has no body");
+    }
+
+    #[test]
+    fn a_peer_that_does_not_finish_its_request_is_cut_off() {
+        let started = Instant::now();
+        let (answer, result) = ask(b"GET /metrics HTTP/1.1\r\nHost: ");
+        assert_eq!(answer, b"");
+        assert!(result.is_err_and(|why| is_peers(&why)));
+        assert!(started.elapsed() < READ_WITHIN * 3, "{:?}", started.elapsed());
+    }
+
+    #[test]
+    fn a_head_without_end_is_refused_at_its_bound() {
+        let mut request = b"GET /metrics HTTP/1.1\r\nX: ".to_vec();
+        request.resize(HEAD + 1024, b'x');
+        let (answer, result) = ask(&request);
+        result.expect("it is answered");
+        assert!(answer.starts_with(b"HTTP/1.1 431 ") || answer.is_empty(), "{answer:?}");
+    }
+}
