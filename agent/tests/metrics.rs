@@ -11,6 +11,7 @@ use common::Agent;
 use devices::disk::volume::opcode;
 use nix::sys::signal::Signal;
 use transport::blocking::Client;
+use transport::identity::Security;
 use transport::wire::{Class, Status};
 
 /// One sample: its family, name, labels and value.
@@ -211,7 +212,7 @@ fn a_scraper_reads_what_a_guest_did() {
 fn a_peer_whose_name_is_no_label_is_escaped_and_an_idle_scraper_holds_up_nobody() {
     let (agent, address) = agent("");
     let name = "evil\"} 1 \\ desk";
-    let mut client = Client::new(&agent.address, name).expect("io_uring works here");
+    let mut client = Client::new(&agent.address, name, &Security::Plain, None).expect("io_uring works here");
     let echo = client
         .call(Class::Urgent, opcode::ECHO, &[], vec![7; 5000], 5000, common::LIMIT)
         .expect("it answers");
