@@ -13,7 +13,7 @@ use transport::identity::Security;
 use transport::wire::{Class, MAX_PAYLOAD, Status};
 
 use crate::config::{Config, DEFAULT_PATH};
-use crate::{Error, inventory, serve, volume};
+use crate::{Error, inventory, join, serve, volume};
 
 /// Lends this PC's disks to Omega guests on other PCs.
 #[derive(Debug, Parser)]
@@ -47,6 +47,14 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Join a household: make this PC the node that `omega node invite` on the first console waits for.
+    ///
+    /// The token works once. Joining again with a new token renews the identity; a running agent takes it by
+    /// itself.
+    Join {
+        /// The token; `-` reads it from standard input.
+        token: String,
+    },
     /// Print the completions for a shell.
     Completions {
         /// Which shell.
@@ -77,7 +85,7 @@ pub fn main() -> ExitCode {
         }
         Err(e) => {
             eprintln!("omega-agent: {e}");
-            1
+            if matches!(e, Error::Join(transport::identity::join::Error::Token(_))) { 2 } else { 1 }
         }
     };
     ExitCode::from(code)
@@ -101,6 +109,7 @@ fn run(cli: &Cli) -> Result<(), Error> {
             };
             print(&text)
         }
+        Command::Join { token } => print(join::join(&cli.config, token)?.trim_end()),
         Command::Completions { shell } => {
             let mut out = Vec::new();
             clap_complete::generate(*shell, &mut Cli::command(), "omega-agent", &mut out);

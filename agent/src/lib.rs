@@ -8,6 +8,7 @@ pub mod cli;
 pub mod config;
 mod connection;
 pub mod inventory;
+pub mod join;
 pub mod lease;
 mod metrics;
 pub mod policy;
@@ -73,6 +74,9 @@ pub enum Error {
     /// The running agent's answer makes no sense.
     #[error("The agent's answer makes no sense: {0}")]
     Answer(String),
+    /// This PC does not become a node.
+    #[error("{0}")]
+    Join(#[from] transport::identity::join::Error),
     /// Anything else of the system's.
     #[error("{what}: {source}")]
     System {

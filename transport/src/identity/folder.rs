@@ -6,7 +6,7 @@
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use rustls::pki_types::pem::PemObject;
@@ -108,7 +108,19 @@ pub(crate) fn make(folder: &Path) -> Result<(), Error> {
     if let Some(above) = folder.parent() {
         fs::create_dir_all(above).map_err(failed)?;
     }
-    DirBuilder::new().mode(0o700).create(folder).map_err(failed)
+    DirBuilder::new().mode(0o700).create(folder).map_err(failed)?;
+    let made = OpenOptions::new().read(true).custom_flags(libc::O_DIRECTORY | libc::O_NOFOLLOW).open(folder);
+    made.and_then(|made| bequeath(&made, folder)).map_err(failed)
+}
+
+/// What root makes belongs to the owner of the folder that it is in: `omega-agent join` runs as root, and the
+/// service whose folder it writes does not.
+fn bequeath(made: &File, path: &Path) -> io::Result<()> {
+    let Some(above) = path.parent().filter(|_| nix::unistd::Uid::effective().is_root()) else {
+        return Ok(());
+    };
+    let above = fs::metadata(if above.as_os_str().is_empty() { Path::new(".") } else { above })?;
+    std::os::unix::fs::fchown(made, Some(above.uid()), Some(above.gid()))
 }
 
 /// Replaces the file at `path`, on stable storage, wholly or not at all.
@@ -213,6 +225,7 @@ fn put(path: &Path, bytes: &[u8], mode: u32) -> Result<(), Error> {
         let mut file = OpenOptions::new().write(true).create_new(true).mode(mode).open(path)?;
         // The process's umask may have taken bits away.
         file.set_permissions(fs::Permissions::from_mode(mode))?;
+        bequeath(&file, path)?;
         file.write_all(bytes)?;
         file.sync_all()
     };

@@ -180,3 +180,23 @@ fn a_household_has_one_authority_which_heals_a_list_that_was_not_written() {
     mode(&folder.join("ca.key"), 0o644);
     assert!(matches!(Authority::open(&folder), Err(Error::Exposed { .. })));
 }
+
+#[test]
+fn what_root_makes_belongs_to_whoever_owns_the_folder_around_it() {
+    use std::os::unix::fs::{MetadataExt, chown};
+    if !nix::unistd::Uid::effective().is_root() {
+        eprintln!("cannot run: only root makes files for others");
+        return;
+    }
+    let house = Household::new();
+    let state = house.path().join("state");
+    fs::create_dir(&state).unwrap();
+    chown(&state, Some(4711), Some(4712)).unwrap();
+    let folder = state.join("identity");
+    folder::write(&folder, house.agent("attic").parts()).expect("written");
+    for name in ["", CA, NODE, KEY, CRL] {
+        let about = fs::metadata(folder.join(name)).unwrap();
+        assert_eq!((about.uid(), about.gid()), (4711, 4712), "{name}");
+    }
+    assert_eq!(fs::metadata(folder.join(KEY)).unwrap().mode() & 0o777, 0o600);
+}

@@ -8,21 +8,15 @@ use rustls::{ClientConnection, ServerConnection};
 use super::testing::Household;
 use super::{ALPN, Identity, Peer, Reloading, Role, Roles};
 
-/// What each side says of the other.
-fn shake(
-    client: &Identity,
-    server: &Identity,
-    expected: Option<&str>,
-) -> Result<(Peer, Peer), Box<(Option<rustls::Error>, Option<rustls::Error>)>> {
+/// What each side says of the other, or what is wrong for the client and for the server.
+type Shaken = Result<(Peer, Peer), Box<(Option<rustls::Error>, Option<rustls::Error>)>>;
+
+fn shake(client: &Identity, server: &Identity, expected: Option<&str>) -> Shaken {
     let name = Identity::server_name(expected).expect("a name");
     shake_as(client, server, name)
 }
 
-fn shake_as(
-    client: &Identity,
-    server: &Identity,
-    name: ServerName<'static>,
-) -> Result<(Peer, Peer), Box<(Option<rustls::Error>, Option<rustls::Error>)>> {
+fn shake_as(client: &Identity, server: &Identity, name: ServerName<'static>) -> Shaken {
     let mut client = ClientConnection::new(client.client_config(), name).expect("a client");
     let mut server = ServerConnection::new(server.server_config()).expect("a server");
     let mut wrong = (None, None);

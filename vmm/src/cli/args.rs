@@ -1,9 +1,12 @@
 //! The command line: the one definition behind parsing, `--help`, completions and man pages.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueHint};
+
+use transport::identity::{NodeName, Role};
 
 use crate::seccomp;
 use crate::units::{Bytes, Span};
@@ -20,6 +23,7 @@ const EXIT_CODES: &str = "Exit codes:
 
 Environment:
   OMEGA_LOG          what is logged: error, warn, info, debug, trace; also per part: info,transport=debug
+  OMEGA_IDENTITY     the folder of this PC's identity
   OMEGA_RUNTIME_DIR  where running guests are found; by default /run/omega for root,
                      $XDG_RUNTIME_DIR/omega for others";
 
@@ -65,6 +69,16 @@ pub enum Command {
     Check(Output),
     /// Check a guest's configuration without running it.
     Validate(Validate),
+    /// Begin a household of PCs, or look after its authority.
+    #[command(subcommand)]
+    Ca(Ca),
+    /// Invite PCs into the household, list and revoke them. Works on the PC where the household began.
+    #[command(subcommand)]
+    Node(Node),
+    /// Join a household with a token from `omega node invite`, as a console for this user.
+    ///
+    /// The token works once. Joining again with a new token renews this PC's identity.
+    Join(Join),
     /// Print the JSON Schema of a guest's configuration, for editors.
     Schema,
     /// Print completions for a shell.
@@ -161,6 +175,113 @@ pub struct Validate {
     /// Print JSON for programs.
     #[arg(long)]
     pub json: bool,
+}
+
+/// `omega ca`.
+#[derive(Debug, Subcommand)]
+pub enum Ca {
+    /// Begin a household: make its authority, and make this PC its first console.
+    ///
+    /// The authority is the folder `ca` beside the identity. Who has its key can make nodes: keep a copy of the
+    /// folder where nobody else finds it.
+    Init(CaInit),
+}
+
+/// `omega ca init`.
+#[derive(Debug, Args)]
+pub struct CaInit {
+    /// What people call the household.
+    #[arg(long, value_name = "HOUSE", default_value = "home")]
+    pub name: String,
+    /// What this PC is called in it; by default its host name.
+    #[arg(long, value_name = "NAME")]
+    pub node: Option<NodeName>,
+    /// Where the identity is.
+    #[command(flatten)]
+    pub identity: IdentityFolder,
+}
+
+/// Where the identity is.
+#[derive(Debug, Args)]
+pub struct IdentityFolder {
+    /// The folder of this PC's identity; by default /etc/omega/identity for root, ~/.config/omega/identity
+    /// for others.
+    #[arg(long, value_name = "DIR", env = "OMEGA_IDENTITY", value_hint = ValueHint::DirPath)]
+    pub identity: Option<PathBuf>,
+}
+
+/// `omega node`.
+#[derive(Debug, Subcommand)]
+pub enum Node {
+    /// Invite a PC: print a token, and wait until the PC has joined with it.
+    ///
+    /// The token is the only thing on standard output. It works once, and only while this command waits;
+    /// Ctrl-C withdraws it. A name that there is already gets a new certificate, and keeps the old one until
+    /// that is revoked or over.
+    Invite(NodeInvite),
+    /// List the household's nodes.
+    List(NodeList),
+    /// Revoke all certificates of a node, and tell every agent that can be reached.
+    ///
+    /// Agents cut its connections at once. Those that cannot be reached now learn it from the next console of
+    /// the household that connects to them. Doing it again tells them again.
+    Revoke(NodeRevoke),
+}
+
+/// `omega node invite`.
+#[derive(Debug, Args)]
+pub struct NodeInvite {
+    /// The new node's name: lower-case letters, digits and `-`.
+    pub name: NodeName,
+    /// What it is there for: `agent` lends parts, `console` runs guests. May be given twice.
+    #[arg(long = "role", value_name = "ROLE", default_value = "agent")]
+    pub roles: Vec<Role>,
+    /// How long the token is good, as 15m or 2h.
+    #[arg(long, value_name = "TIME", default_value_t = Span(Duration::from_secs(900)))]
+    pub expires: Span,
+    /// The address that the new node connects to, as 192.168.1.5:7421; by default all of this PC's.
+    #[arg(long, value_name = "ADDR:PORT")]
+    pub listen: Option<SocketAddr>,
+    /// Where the identity is.
+    #[command(flatten)]
+    pub identity: IdentityFolder,
+}
+
+/// `omega node list`.
+#[derive(Debug, Args)]
+pub struct NodeList {
+    /// Print JSON for programs: all certificates, also those that are over.
+    #[arg(long)]
+    pub json: bool,
+    /// Where the identity is.
+    #[command(flatten)]
+    pub identity: IdentityFolder,
+}
+
+/// `omega node revoke`.
+#[derive(Debug, Args)]
+pub struct NodeRevoke {
+    /// The node's name, as in `omega node list`.
+    pub name: String,
+    /// Tell an agent at this address too, as 192.168.1.7:7420.
+    #[arg(long = "tell", value_name = "ADDR:PORT")]
+    pub tell: Vec<SocketAddr>,
+    /// How long to wait for each agent.
+    #[arg(long, value_name = "TIME", default_value_t = Span(Duration::from_secs(3)))]
+    pub timeout: Span,
+    /// Where the identity is.
+    #[command(flatten)]
+    pub identity: IdentityFolder,
+}
+
+/// `omega join`.
+#[derive(Debug, Args)]
+pub struct Join {
+    /// The token; `-` reads it from standard input.
+    pub token: String,
+    /// Where the identity is.
+    #[command(flatten)]
+    pub identity: IdentityFolder,
 }
 
 /// `omega completions`.

@@ -2,9 +2,12 @@
 
 pub mod args;
 mod attach;
+mod ca;
 mod generate;
 mod guests;
+pub mod join;
 mod log;
+mod node;
 mod run;
 pub mod runtime;
 mod signals;
@@ -97,6 +100,9 @@ fn obey(command: Command) -> Result<(), Failure> {
         Command::Status(args) => guests::status(&args),
         Command::Check(args) => check(&args),
         Command::Validate(args) => validate::validate(&args),
+        Command::Ca(args::Ca::Init(args)) => ca::init(&args),
+        Command::Node(args) => node::obey(&args),
+        Command::Join(args) => join::join(&args),
         Command::Schema => show(&schema()),
         Command::Completions(args) => generate::completions(args.shell).map_err(Failure::from),
         Command::Man(args) => generate::man(&args.folder).map_err(Failure::from),
