@@ -13,6 +13,7 @@ use transport::identity::Security;
 use transport::wire::{Class, MAX_PAYLOAD, Status};
 
 use crate::config::{Config, DEFAULT_PATH};
+use crate::protection::Protection;
 use crate::{Error, inventory, join, serve, volume};
 
 /// Lends this PC's disks to Omega guests on other PCs.
@@ -79,7 +80,7 @@ pub fn main() -> ExitCode {
             eprintln!("{mistakes}");
             return ExitCode::from(2);
         }
-        Err(e @ (Error::Unprotected { .. } | Error::Unproven { .. })) => {
+        Err(e @ Error::Protection(_)) => {
             eprintln!("omega-agent: {e}");
             2
         }
@@ -145,7 +146,7 @@ fn print(text: &str) -> Result<(), Error> {
 }
 
 fn validate(config: &Config) -> Result<(), Error> {
-    let policy = serve::protection(config)?;
+    let protection = Protection::of(config)?;
     let mut problems = Vec::new();
     for volume in &config.volume {
         if volume.create.is_some() && !volume.path.exists() {
@@ -158,7 +159,9 @@ fn validate(config: &Config) -> Result<(), Error> {
     if problems.is_empty() {
         let mut lines =
             vec![format!("valid: {} volumes, listening on {}", config.volume.len(), config.listen)];
-        lines.extend(policy.describe().iter().map(|rule| format!("allow: {rule}")));
+        lines.push(protection.describe());
+        lines.extend(protection.policy.describe().iter().map(|rule| format!("allow: {rule}")));
+        lines.extend(protection.warnings.iter().map(|warning| format!("warning: {warning}")));
         return print(&lines.join("\n"));
     }
     Err(Error::Answer(problems.join("\nomega-agent: ")))
@@ -173,7 +176,13 @@ fn volumes(config: &Config, json: bool) -> Result<(), Error> {
             [0, 0, 0, 0, 0, 0, 0, 1].into()
         });
     }
-    let mut client = Client::new(&address.to_string(), "omega-agent volumes", &Security::Plain, None)?;
+    // Whoever can read the agent's identity may see what it does.
+    let security = Protection::of(config)?.security;
+    let node = match &security {
+        Security::Plain => None,
+        Security::Tls(identity) => Some(identity.current().name().to_owned()),
+    };
+    let mut client = Client::new(&address.to_string(), "omega-agent volumes", &security, node.as_deref())?;
     let timeout = Duration::from_secs(3);
     let reply = client.call(Class::Control, opcode::VOLUMES, &[], Vec::new(), MAX_PAYLOAD, timeout)?;
     if reply.status != Status::OK {

@@ -11,7 +11,7 @@ use devices::disk::volume::{
 use devices::disk::{self, Disk, Done, Operation};
 use slab::Slab;
 use transport::buffer::Buffer;
-use transport::identity::Security;
+use transport::identity::{Peer, Role, Security, revocation};
 use transport::metrics::{Metrics, Recorder, Registration};
 use transport::ring::{Completion, Ring, Token};
 use transport::server::{Connection, Event, Request};
@@ -88,7 +88,7 @@ pub(crate) fn serve(
     socket: std::net::TcpStream,
 ) -> std::io::Result<()> {
     let mut ring = Ring::new(ENTRIES)?;
-    let mut connection = Connection::new(socket, Arc::clone(&agent.sessions), &Security::Plain, &mut ring);
+    let mut connection = Connection::new(socket, Arc::clone(&agent.sessions), &agent.security, &mut ring);
     let recorder = Recorder::new(OPERATIONS);
     let metrics = recorder.metrics();
     connection.record(recorder);
@@ -185,10 +185,10 @@ impl Worker {
     fn events(&mut self, events: &mut Vec<Event>) {
         for event in events.drain(..) {
             match event {
-                Event::Opened { name, session, resumed, carrier, .. } => {
-                    tracing::info!(peer = %name, resumed, %carrier, "A peer is connected");
-                    self.peer = name;
+                Event::Opened { name, peer, session, resumed, carrier } => {
+                    self.opened_by(&name, peer.as_ref());
                     self.session = session;
+                    tracing::info!(peer = %self.peer, resumed, %carrier, "A peer is connected");
                     self.count();
                 }
                 Event::Request(request) => self.request(request),
@@ -211,6 +211,17 @@ impl Worker {
         self.registration = Some(self.agent.metrics.add(name, Arc::clone(&self.metrics)));
     }
 
+    /// From now on requests are this peer's.
+    fn opened_by(&mut self, name: &str, proven: Option<&Peer>) {
+        (self.peer, self.asker) = match proven {
+            None => (name.to_owned(), Asker::Unproven),
+            Some(peer) => {
+                let console = peer.roles.has(Role::Console);
+                (format!("{name} (node {})", peer.name), Asker::Node { name: peer.name.clone(), console })
+            }
+        };
+    }
+
     fn request(&mut self, request: Request) {
         let span = request.span.clone();
         let _in_its_name = span.enter();
@@ -225,6 +236,7 @@ impl Worker {
             opcode::VOLUMES => self.report(&request, self.agent.volumes_json(&self.asker)),
             opcode::INVENTORY => self.inventory(&request),
             opcode::ECHO => self.echo(request),
+            revocation::OPCODE => self.revocations(&request),
             _ => self.connection.answer(request.id, Status::UNKNOWN_OPERATION, &[], Buffer::empty()),
         }
     }
@@ -253,10 +265,14 @@ impl Worker {
 
     /// Policy does not allow it. Both logs say so, this one once for each connection and reason.
     fn forbid(&mut self, id: u64, why: String) {
-        self.refuse(id, status::FORBIDDEN, &Refusal::because(why.clone()));
-        if self.told.len() < TOLD && !self.told.contains(&why) {
+        self.tell(&why);
+        self.refuse(id, status::FORBIDDEN, &Refusal::because(why));
+    }
+
+    fn tell(&mut self, why: &str) {
+        if self.told.len() < TOLD && !self.told.iter().any(|told| told == why) {
             tracing::warn!(peer = %self.peer, %why, "Refused");
-            self.told.push(why);
+            self.told.push(why.to_owned());
         }
     }
 
@@ -283,6 +299,31 @@ impl Worker {
             request.id,
             format!("{} may use nothing here, so it is not told what there is", self.asker),
         );
+    }
+
+    /// A list of revoked certificates, from whomever: what counts is that the household's authority signed it.
+    fn revocations(&mut self, request: &Request) {
+        let Security::Tls(identity) = &self.agent.security else {
+            return self.connection.answer(request.id, Status::UNKNOWN_OPERATION, &[], Buffer::empty());
+        };
+        match revocation::answer(identity, &request.payload.to_vec(), request.answer_len.min(MAX_PAYLOAD)) {
+            Ok(revocation::Answer { body, payload, taken }) => {
+                self.connection.answer(request.id, Status::OK, &body, Buffer::from_vec(payload));
+                if taken.newer {
+                    let number = taken.number;
+                    tracing::info!(from = %self.peer, number, "Took a newer list of revoked certificates");
+                    self.agent.cut_revoked();
+                }
+                if let Some(error) = taken.not_stored {
+                    tracing::error!(%error, "The list of revoked certificates could not be stored");
+                }
+            }
+            Err(why) => {
+                let why = format!("a list of revoked certificates is refused: {why}");
+                self.tell(&why);
+                self.malformed(request.id, &why);
+            }
+        }
     }
 
     fn acquire(&mut self, request: &Request) {

@@ -12,6 +12,8 @@ pub mod join;
 pub mod lease;
 mod metrics;
 pub mod policy;
+pub mod protection;
+mod renewal;
 pub mod serve;
 pub mod volume;
 
@@ -29,29 +31,9 @@ pub enum Error {
         /// Why.
         source: std::io::Error,
     },
-    /// Everybody on the network could use the volumes.
-    #[error(
-        "Nothing keeps strangers from {address}: this PC has no identity in {identity}; get a token by `omega node \
-         invite NAME` on the household's first console, then run `omega-agent join TOKEN` here (or listen on \
-         127.0.0.1; or write `insecure = true` on a network where you trust everybody)",
-        identity = identity.display()
-    )]
-    Unprotected {
-        /// The address.
-        address: std::net::SocketAddr,
-        /// Where an identity was looked for.
-        identity: std::path::PathBuf,
-    },
-    /// The policy names nodes, and no node can prove that it is one of them.
-    #[error(
-        "`[[allow]]` names nodes, but without an identity in {identity} nobody can prove a name; get a token by \
-         `omega node invite NAME` on the household's first console, then run `omega-agent join TOKEN` here",
-        identity = identity.display()
-    )]
-    Unproven {
-        /// Where an identity was looked for.
-        identity: std::path::PathBuf,
-    },
+    /// Strangers are not kept away.
+    #[error(transparent)]
+    Protection(#[from] protection::Error),
     /// The address for metrics cannot be listened on.
     #[error("Cannot serve metrics on {address}: {source}; is another agent running, or `metrics` wrong?")]
     Metrics {

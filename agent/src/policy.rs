@@ -109,7 +109,8 @@ impl Policy {
     #[must_use]
     pub fn describe(&self) -> Vec<String> {
         if self.rules.is_empty() {
-            return vec!["consoles of the household may write every volume".to_owned()];
+            let who = if self.own.is_some() { "consoles of the household" } else { "everybody" };
+            return vec![format!("{who} may write every volume")];
         }
         self.rules.iter().map(ToString::to_string).collect()
     }

@@ -1,6 +1,6 @@
 //! The agent as a process: accepting, watching over the connections, stopping.
 
-use std::io;
+use std::io::{self, Read};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
@@ -14,12 +14,15 @@ use devices::disk::volume::{self as protocol, Acquire, Lease};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use sd_notify::NotifyState;
+use transport::identity::Security;
 use transport::metrics::Registry;
 use transport::server::{Limits, Sessions};
 
 use crate::config::{Access, Config};
 use crate::lease::{Activity, Refused, Table};
 use crate::policy::{Asker, Policy};
+use crate::protection::Protection;
+use crate::renewal::{LOOK_EVERY, Renewal};
 use crate::volume::{Grant, User, Volume, lock};
 use crate::{Error, connection, inventory, metrics};
 
@@ -36,6 +39,7 @@ const PEERS: usize = 64;
 pub struct Agent {
     pub(crate) volumes: Vec<Volume>,
     pub(crate) policy: Policy,
+    pub(crate) security: Security,
     pub(crate) leases: Mutex<Table>,
     pub(crate) sessions: Arc<Sessions>,
     /// What the connections count, by peer.
@@ -85,7 +89,7 @@ pub(crate) struct Granted {
 }
 
 impl Agent {
-    fn new(config: &Config, policy: Policy) -> Result<Self, Error> {
+    fn new(config: &Config, protection: Protection) -> Result<Self, Error> {
         let limits = Limits {
             requests: config.limits.requests,
             bytes: config.limits.memory.0,
@@ -94,7 +98,8 @@ impl Agent {
         };
         Ok(Self {
             volumes: config.volume.iter().cloned().map(Volume::new).collect(),
-            policy,
+            policy: protection.policy,
+            security: protection.security,
             leases: Mutex::new(Table::load(&config.state_folder(), config.lease_ttl.0)?),
             metrics: Registry::new(PEERS),
             sessions: Sessions::new(&config.agent_name(), limits),
@@ -270,6 +275,15 @@ impl Agent {
         serde_json::to_vec(&inventory::take()).unwrap_or_default()
     }
 
+    /// Ends the connections of peers whose certificates are revoked by what is known now. Their sessions cannot
+    /// go on over new ones, so their leases expire.
+    pub(crate) fn cut_revoked(&self) {
+        let Security::Tls(identity) = &self.security else { return };
+        for node in self.sessions.revoke(|peer| identity.revokes(peer)) {
+            tracing::warn!(%node, "The node's certificate was revoked; its connection is cut");
+        }
+    }
+
     /// Opens every volume. One that cannot be served does not keep the others from it.
     fn open_volumes(&self) {
         let until = Instant::now() + LOCK_WAIT;
@@ -313,11 +327,31 @@ fn user(asker: &Asker, session: u128) -> User {
     User { session, node: asker.node().map(str::to_owned) }
 }
 
-/// The signals that stop the agent, as something to poll.
-fn stop_signals() -> io::Result<UnixStream> {
+/// The signals that the agent takes, as something to poll.
+struct Signals {
+    stop: UnixStream,
+    /// The identity's files have changed.
+    reload: UnixStream,
+}
+
+impl Signals {
+    fn catch() -> io::Result<Self> {
+        use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+        Ok(Self { stop: caught(&[SIGTERM, SIGINT])?, reload: caught(&[SIGHUP])? })
+    }
+
+    /// Whether SIGHUP came since this was asked last.
+    fn wants_reload(&mut self) -> bool {
+        let mut bytes = [0; 64];
+        matches!(self.reload.read(&mut bytes), Ok(1..))
+    }
+}
+
+fn caught(signals: &[i32]) -> io::Result<UnixStream> {
     let (ours, theirs) = UnixStream::pair()?;
-    for signal in [signal_hook::consts::SIGTERM, signal_hook::consts::SIGINT] {
-        signal_hook::low_level::pipe::register(signal, theirs.try_clone()?)?;
+    ours.set_nonblocking(true)?;
+    for signal in signals {
+        signal_hook::low_level::pipe::register(*signal, theirs.try_clone()?)?;
     }
     Ok(ours)
 }
@@ -329,9 +363,11 @@ fn stop_signals() -> io::Result<UnixStream> {
 pub fn run(config: &Config) -> Result<(), Error> {
     let failed = |what| move |source| Error::System { what, source };
     let address = config.address();
-    let policy = protection(config)?;
-    let stop = stop_signals().map_err(failed("Cannot catch signals"))?;
-    let agent = Arc::new(Agent::new(config, policy)?);
+    let protection = Protection::of(config)?;
+    protection.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
+    tracing::info!("{}", protection.describe());
+    let mut signals = Signals::catch().map_err(failed("Cannot catch signals"))?;
+    let agent = Arc::new(Agent::new(config, protection)?);
     agent.open_volumes();
     agent.tick(config.lease_ttl.0);
     if let Some(address) = config.metrics_address() {
@@ -342,35 +378,14 @@ pub fn run(config: &Config) -> Result<(), Error> {
     let bound = listener.local_addr().unwrap_or(address);
     tracing::info!(address = %bound, volumes = agent.volumes.len(), "Listening");
     notify(&[NotifyState::Ready, NotifyState::Status(&format!("Listening on {bound}"))]);
-    accept_until_stopped(&agent, config, &listener, &stop).map_err(failed("Cannot wait for connections"))?;
+    accept_until_stopped(&agent, config, &listener, &mut signals)
+        .map_err(failed("Cannot wait for connections"))?;
     drop(listener);
     notify(&[NotifyState::Stopping, NotifyState::Status("Finishing what is in flight")]);
     tracing::info!("Stopping");
     wind_up(&agent, config.stop_timeout.0);
     Ok(())
 }
-
-/// What keeps strangers out, and the policy for everybody else.
-///
-/// # Errors
-/// Strangers could use the volumes, or nobody whom the policy names could prove it.
-pub(crate) fn protection(config: &Config) -> Result<Policy, Error> {
-    let address = config.address();
-    if !config.allow.is_empty() {
-        return Err(Error::Unproven { identity: config.identity_folder() });
-    }
-    if !address.ip().is_loopback() && !config.insecure {
-        return Err(Error::Unprotected { address, identity: config.identity_folder() });
-    }
-    if !address.ip().is_loopback() {
-        tracing::warn!(%address, "INSECURE: {INSECURE}");
-    }
-    Ok(Policy::new(&config.allow, None))
-}
-
-/// What `insecure = true` means.
-pub const INSECURE: &str = "whoever reaches this address can read and write every volume, and whoever can listen on \
-                            the network sees what is in them; connections are plain TCP";
 
 /// Tells systemd, where the agent runs under it.
 fn notify(states: &[NotifyState<'_>]) {
@@ -383,16 +398,18 @@ fn accept_until_stopped(
     agent: &Arc<Agent>,
     config: &Config,
     listener: &TcpListener,
-    stop: &UnixStream,
+    signals: &mut Signals,
 ) -> io::Result<()> {
     let watchdog = sd_notify::watchdog_enabled();
     let pause = watchdog.map_or(Duration::from_secs(5), |limit| limit / 3);
     let ttl = config.lease_ttl.0;
-    let timeout = PollTimeout::try_from(pause.min(ttl / 6)).unwrap_or(PollTimeout::from(1000u16));
+    let mut renewal = Renewal::new();
+    let round = pause.min(ttl / 6).min(LOOK_EVERY);
+    let timeout = PollTimeout::try_from(round).unwrap_or(PollTimeout::from(1000u16));
     let (mut pinged, mut told) = (Instant::now(), usize::MAX);
     loop {
-        let mut polled =
-            [PollFd::new(listener.as_fd(), PollFlags::POLLIN), PollFd::new(stop.as_fd(), PollFlags::POLLIN)];
+        let readable = |fd| PollFd::new(fd, PollFlags::POLLIN);
+        let mut polled = [listener.as_fd(), signals.stop.as_fd(), signals.reload.as_fd()].map(readable);
         match poll(&mut polled, timeout) {
             Ok(_) | Err(nix::Error::EINTR) => {}
             Err(e) => return Err(e.into()),
@@ -401,6 +418,7 @@ fn accept_until_stopped(
             return Ok(());
         }
         agent.tick(ttl);
+        renewal.look(agent, signals.wants_reload());
         accept_all(agent, config.limits.connections, listener);
         let connections = lock(&agent.connections);
         if connections.len() != told {
@@ -519,7 +537,7 @@ mod tests {
             volume: vec![volume("v", false), volume("r", true)],
             ..Config::default()
         };
-        let agent = Agent::new(&config, Policy::new(&config.allow, None)).expect("it starts");
+        let agent = Agent::new(&config, Protection::of(&config).expect("loopback")).expect("it starts");
         (folder, agent)
     }
 

@@ -1,6 +1,7 @@
 //! The identity that connections share, while it changes.
 
 use std::fs;
+use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
@@ -48,6 +49,20 @@ impl Reloading {
         let current = RwLock::new(Identity::load(folder)?);
         let store = Some(Store { folder: folder.to_owned(), seen: Mutex::new(seen) });
         Ok(Arc::new(Self { current, store }))
+    }
+
+    /// As [`load`](Self::load), or `None` if `folder` is not there or empty. Anything else that is wrong is an
+    /// error: who removes or damages a file must not make a PC that has an identity go on without one.
+    ///
+    /// # Errors
+    /// As [`Identity::load`].
+    pub fn find(folder: &Path) -> Result<Option<Arc<Self>>, Error> {
+        match fs::read_dir(folder).map(|mut entries| entries.next().is_none()) {
+            Ok(true) => Ok(None),
+            Ok(false) => Self::load(folder).map(Some),
+            Err(why) if why.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(source) => Err(Error::File { path: folder.to_owned(), source }),
+        }
     }
 
     /// Of `identity`. It reads and writes no file, so a confined thread may use all of it.

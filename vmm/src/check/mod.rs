@@ -1,6 +1,7 @@
 //! What this PC can and cannot do for Omega, each with its mend: `omega check`.
 
 mod devices;
+mod identity;
 mod kernel;
 mod processor;
 mod sys;
@@ -124,6 +125,8 @@ pub fn report() -> Report {
     lines.push(kernel::ktls());
     lines.extend(kernel::memory());
     lines.extend(kernel::limits());
+    lines.push(identity::line());
+    lines.extend(identity::agent());
     lines.push(devices::tap());
     lines.push(devices::rdma());
     lines.push(devices::iommu());

@@ -106,6 +106,10 @@ pub struct Run {
     /// More words for the kernel's command line.
     #[arg(long, value_name = "WORDS", allow_hyphen_values = true)]
     pub cmdline_append: Option<String>,
+    /// The folder of this PC's identity; by default /etc/omega/identity for root, ~/.config/omega/identity
+    /// for others.
+    #[arg(long, value_name = "DIR", env = "OMEGA_IDENTITY", value_hint = ValueHint::DirPath)]
+    pub identity: Option<PathBuf>,
     /// Start even on a KVM that cannot run stock kernels. Such a guest usually hangs; this is for
     /// micro-guests and measurements.
     #[arg(long)]

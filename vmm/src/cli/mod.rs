@@ -3,6 +3,7 @@
 pub mod args;
 mod attach;
 mod ca;
+mod credentials;
 mod generate;
 mod guests;
 pub mod join;

@@ -10,7 +10,7 @@ use devices::thread::{Role, spawn};
 
 use super::runtime::Claim;
 use super::signals::{self, Event};
-use super::{Failure, args};
+use super::{Failure, args, credentials};
 use crate::config::{Disk, Guest, Mistakes, Serial};
 use crate::console::{self, Command, Hub, terminal};
 use crate::control::protocol::Console;
@@ -61,6 +61,7 @@ fn live(
     tracing::info!("{}", describe(guest));
     let options = machine::Options {
         allow_unfit_kvm: args.allow_unfit_kvm,
+        identity: credentials::find(guest, args.identity.as_deref())?,
         cache: cache(),
         serial: consoles.serial.clone(),
         console: consoles.virtio.clone(),

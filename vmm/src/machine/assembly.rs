@@ -101,7 +101,7 @@ pub(super) fn assemble(guest: &config::Guest, options: &Options) -> Result<Machi
         next_slot: 0,
     };
     let pm = platform(&mut assembly, &layout, &options.serial)?;
-    disks::add(&mut assembly, guest)?;
+    disks::add(&mut assembly, guest, options.identity.as_ref())?;
     cards::add(&mut assembly, guest)?;
     let balloon = peripherals::add(&mut assembly, guest, options.console.as_ref())?;
     pci(&mut assembly)?;

@@ -1,12 +1,14 @@
 //! The guest's disks.
 
 use std::fs;
+use std::sync::Arc;
 use std::time::Duration;
 
 use devices::disk::Disk;
 use devices::disk::file::{Direct, FileDisk, Options as FileOptions};
 use devices::disk::remote::{self, OnTimeout, Options as RemoteOptions};
 use devices::virtio::blk::{self, Blk, OperationCounters};
+use transport::identity::{Reloading, Security};
 
 use super::Error;
 use super::assembly::Assembly;
@@ -19,9 +21,13 @@ const MAX_QUEUES: u16 = 4;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(40);
 
 /// Opens every disk of `guest` and puts it on the PCI bus.
-pub(super) fn add(assembly: &mut Assembly, guest: &Guest) -> Result<(), Error> {
+pub(super) fn add(
+    assembly: &mut Assembly,
+    guest: &Guest,
+    identity: Option<&Arc<Reloading>>,
+) -> Result<(), Error> {
     for (index, config) in guest.disk.iter().enumerate() {
-        let (disk, more) = open(config, &guest.name).map_err(|why| Error::Disk { index, why })?;
+        let (disk, more) = open(config, &guest.name, identity).map_err(|why| Error::Disk { index, why })?;
         let queues = config.queues.unwrap_or(MAX_QUEUES.min(guest.cpu.count.into()));
         let serial = config.serial.clone().unwrap_or_default();
         let about = disk.describe();
@@ -52,7 +58,7 @@ fn blk_counters(counters: &blk::Counters) -> Vec<(&'static str, u64)> {
 
 type Opened = (Box<dyn Disk>, Counters);
 
-fn open(config: &config::Disk, guest: &str) -> Result<Opened, String> {
+fn open(config: &config::Disk, guest: &str, identity: Option<&Arc<Reloading>>) -> Result<Opened, String> {
     match (&config.path, &config.remote) {
         (Some(path), None) => {
             let options = FileOptions {
@@ -63,17 +69,49 @@ fn open(config: &config::Disk, guest: &str) -> Result<Opened, String> {
             let disk = FileDisk::open(&options).map_err(|error| error.to_string())?;
             Ok((Box::new(disk), Box::new(Vec::new)))
         }
-        (None, Some(remote)) => open_remote(remote, config.read_only, guest),
+        (None, Some(remote)) => open_remote(remote, config.read_only, guest, identity),
         _ => Err("give either `path` or `remote`".into()),
     }
 }
 
-fn open_remote(config: &config::RemoteDisk, read_only: bool, guest: &str) -> Result<Opened, String> {
+/// How the connection to an agent is protected: plain TCP only where that was asked for, or where this PC has
+/// no identity and the agent is on it too.
+fn security(config: &config::RemoteDisk, identity: Option<&Arc<Reloading>>) -> Result<Security, String> {
+    match identity {
+        _ if config.insecure => Ok(Security::Plain),
+        Some(identity) => Ok(Security::Tls(Arc::clone(identity))),
+        None if config.is_on_this_pc() => Ok(Security::Plain),
+        None => Err(format!(
+            "The agent at {} can only be trusted by an identity, and this PC has none; get a token by `omega node \
+             invite NAME --role console` on the household's first console and run `omega join TOKEN` here, or \
+             begin a household by `omega ca init`, or write `insecure = true` on a network where you trust everybody",
+            config.agent
+        )),
+    }
+}
+
+fn open_remote(
+    config: &config::RemoteDisk,
+    read_only: bool,
+    guest: &str,
+    identity: Option<&Arc<Reloading>>,
+) -> Result<Opened, String> {
     let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     let name = format!("{guest} on {}", host.trim());
     let options =
         RemoteOptions::new(&config.agent, &config.volume, &name).map_err(|error| error.to_string())?;
+    let security = security(config, identity)?;
+    if config.insecure {
+        tracing::warn!(
+            "INSECURE: volume {} of {} goes over plain TCP: whoever is on the network between may read and change it",
+            config.volume,
+            config.agent
+        );
+    }
+    let node = matches!(security, Security::Tls(_)).then(|| config.expected_node()).flatten();
     let options = RemoteOptions {
+        security,
+        node,
         read_only,
         patience: config.patience.map(|span| span.0),
         on_timeout: match config.on_timeout {
@@ -98,4 +136,43 @@ fn remote_counters(now: &remote::Snapshot) -> Vec<(&'static str, u64)> {
         ("conflicts", now.conflicts),
         ("disk_errors", now.errors),
     ]
+}
+
+#[cfg(test)]
+mod tests {
+    use transport::identity::testing::Household;
+
+    use super::*;
+
+    fn remote(agent: &str, insecure: bool) -> config::RemoteDisk {
+        let insecure = if insecure { ", insecure = true" } else { "" };
+        let text = format!(
+            "name = 'g'\nkernel = {{ image = 'k' }}\n[[disk]]\nremote = {{ agent = '{agent}', volume = 'v'{insecure} }}"
+        );
+        let guest = Guest::parse("g.toml".as_ref(), &text).expect("valid");
+        guest.disk[0].remote.clone().expect("remote")
+    }
+
+    #[test]
+    fn a_disk_goes_over_plain_tcp_only_where_that_was_said_or_without_an_identity_on_this_pc() {
+        let house = Household::new();
+        let identity = Reloading::in_memory(house.console("desk"));
+        for (agent, insecure, has_identity, plain) in [
+            ("10.0.0.2", false, true, Some(false)),
+            ("127.0.0.1", false, true, Some(false)),
+            ("attic", true, true, Some(true)),
+            ("attic", true, false, Some(true)),
+            ("127.0.0.1", false, false, Some(true)),
+            ("localhost:99", false, false, Some(true)),
+            ("attic", false, false, None),
+            ("10.0.0.2", false, false, None),
+        ] {
+            let found = security(&remote(agent, insecure), has_identity.then_some(&identity));
+            let is_plain = found.as_ref().ok().map(|s| matches!(s, Security::Plain));
+            assert_eq!(is_plain, plain, "{agent} insecure {insecure} identity {has_identity}: {found:?}");
+            if let Err(why) = found {
+                assert!(why.contains(agent) && why.contains("omega join TOKEN"), "{why}");
+            }
+        }
+    }
 }

@@ -29,6 +29,7 @@ use std::sync::mpsc::Receiver;
 
 pub use controller::Controller;
 use devices::thread::{Role, confine};
+use transport::identity::Reloading;
 
 use crate::acpi;
 use crate::config;
@@ -43,6 +44,8 @@ use crate::memory;
 pub struct Options {
     /// Start although this PC's KVM cannot run stock kernels.
     pub allow_unfit_kvm: bool,
+    /// Who this PC is to the agents of the guest's disks, if it has an identity.
+    pub identity: Option<Arc<Reloading>>,
     /// Where unpacked kernels are kept; nowhere: they are unpacked at each start.
     pub cache: Option<PathBuf>,
     /// Where the serial port is connected.

@@ -44,8 +44,13 @@ fn runs_the_machine_that_another_test_asks_for() {
             .expect("it is right");
     let serial =
         crate::console::Hub::open(&config.serial, crate::console::Options::default()).expect("a hub");
-    let options =
-        crate::machine::Options { allow_unfit_kvm: true, cache: None, serial: serial.clone(), console: None };
+    let options = crate::machine::Options {
+        allow_unfit_kvm: true,
+        identity: None,
+        cache: None,
+        serial: serial.clone(),
+        console: None,
+    };
     let exit = crate::machine::Machine::new(&config, options).and_then(crate::machine::Machine::run);
     serial.finish();
     match exit {

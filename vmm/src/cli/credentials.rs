@@ -1,0 +1,69 @@
+//! The identity by which `omega run` meets the agents of its guest's disks.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use transport::identity::{Reloading, Role, folder};
+
+use super::Failure;
+use crate::config::{Guest, RemoteDisk};
+
+/// How often the identity's files are looked at: a new certificate or list of revoked ones counts soon.
+const LOOK_EVERY: Duration = Duration::from_secs(2);
+
+/// This PC's identity, if `guest` has a disk that needs one and there is one.
+///
+/// # Errors
+/// `chosen` holds none, or the one that there is cannot be used.
+pub(super) fn find(guest: &Guest, chosen: Option<&Path>) -> Result<Option<Arc<Reloading>>, Failure> {
+    let needs = |remote: &RemoteDisk| !remote.insecure;
+    if !guest.disk.iter().filter_map(|disk| disk.remote.as_ref()).any(needs) {
+        return Ok(None);
+    }
+    let failed = |why: transport::identity::Error| Failure::failed(why.to_string());
+    let identity = match chosen.filter(|path| !path.as_os_str().is_empty()) {
+        Some(folder) => Some(Reloading::load(folder).map_err(failed)?),
+        None => match folder::of_this_user() {
+            Some(folder) => Reloading::find(&folder).map_err(failed)?,
+            None => None,
+        },
+    };
+    if let Some(identity) = &identity {
+        let current = identity.current();
+        if !current.roles().has(Role::Console) {
+            tracing::warn!(
+                node = current.name(),
+                "This node is no console by its certificate; agents may refuse it"
+            );
+        }
+        watch(Arc::clone(identity))?;
+    }
+    Ok(identity)
+}
+
+/// Takes what becomes new in the identity's folder, on a thread of its own: those that connect may open no file.
+fn watch(identity: Arc<Reloading>) -> Result<(), Failure> {
+    let body = move || {
+        let mut said = String::new();
+        loop {
+            std::thread::sleep(LOOK_EVERY);
+            match identity.reload() {
+                Ok(true) => {
+                    let current = identity.current();
+                    let (node, crl) = (current.name(), current.crl().number());
+                    tracing::info!(%node, crl, "The identity was renewed; new connections use it");
+                    said.clear();
+                }
+                Ok(false) => {}
+                Err(why) if why.to_string() == said => {}
+                Err(why) => {
+                    said = why.to_string();
+                    tracing::warn!("The identity changed and cannot be used; the old one stays: {said}");
+                }
+            }
+        }
+    };
+    std::thread::Builder::new().name("identity".to_owned()).spawn(body)?;
+    Ok(())
+}
