@@ -9,7 +9,7 @@ use transport::metrics::Recorder;
 use transport::wire::{Class, Status};
 
 use super::core::Core;
-use super::{Options, RemoteDisk};
+use super::{Options, RemoteDisk, Revocations, revocations};
 use crate::disk::volume::{
     Acquire, Acquired, Lease, Malformed, OPERATIONS, Open, Opened, Refusal, opcode, status,
 };
@@ -210,6 +210,7 @@ pub fn connect(options: Options, timeout: Duration) -> Result<RemoteDisk, Connec
         .map_err(|source| ConnectError::Unreachable { agent: options.agent.clone(), source })?;
     let mut meeting = Meeting { options: &options, client, until: Instant::now() + timeout, heard: false };
     let acquired = meeting.acquire()?;
+    revocations::exchange(&mut meeting.client, &options.security, FIRST_ANSWER);
     let lease = Lease { epoch: acquired.epoch, holder: options.holder };
     let opened = meeting.open(lease).and_then(|opened| {
         if opened.geometry.read_only && !options.read_only {
@@ -232,6 +233,7 @@ pub fn connect(options: Options, timeout: Duration) -> Result<RemoteDisk, Connec
         metrics: recorder.metrics(),
         recorder: Some(recorder),
         events: Vec::new(),
+        revocations: Revocations::default(),
         reachable: true,
     })
 }

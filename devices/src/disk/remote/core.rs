@@ -44,6 +44,8 @@ pub(super) enum Tag {
     Renewal,
     /// The lease, given back.
     Release,
+    /// What the household revoked, handed on.
+    Revocations,
 }
 
 impl Tag {
@@ -53,6 +55,7 @@ impl Tag {
             Self::Setup(number) => number << 2 | 1,
             Self::Renewal => 2,
             Self::Release => 3,
+            Self::Revocations => 3 | 1 << 2,
         }
     }
 
@@ -61,7 +64,8 @@ impl Tag {
             0 => Self::Frame((number >> 2) as usize),
             1 => Self::Setup(number >> 2),
             2 => Self::Renewal,
-            _ => Self::Release,
+            _ if number == Self::Release.number() => Self::Release,
+            _ => Self::Revocations,
         }
     }
 }
@@ -220,7 +224,7 @@ impl Core {
                 Tag::Frame(index) => self.frame_answered(link, index, &answer, now, done),
                 Tag::Setup(number) => self.setup_answered(link, number, &answer, now),
                 Tag::Renewal => self.renewal_answered(&answer),
-                Tag::Release => {}
+                Tag::Release | Tag::Revocations => {}
             },
         }
         if !self.waiting.is_empty() {

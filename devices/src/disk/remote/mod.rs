@@ -8,6 +8,7 @@ mod core;
 mod counters;
 mod flow;
 mod log;
+mod revocations;
 mod setup;
 
 #[cfg(test)]
@@ -27,6 +28,7 @@ pub use connect::{ConnectError, DEFAULT_PORT, connect, with_port};
 pub use counters::{Counters, Latencies, Snapshot};
 
 use self::core::{Core, Failure, Link, Tag};
+use self::revocations::Revocations;
 use super::volume::{Lease, opcode};
 use super::{Disk, Done, Error, Geometry, Request};
 
@@ -122,6 +124,8 @@ pub struct RemoteDisk {
     metrics: Arc<Metrics>,
     recorder: Option<Recorder>,
     events: Vec<Event>,
+    /// What the agent knows of what the household revoked.
+    revocations: Revocations,
     /// Whether the agent answered when it was last heard of.
     reachable: bool,
 }
@@ -157,6 +161,9 @@ impl RemoteDisk {
         if let Some(channel) = &mut self.channel {
             for event in self.events.drain(..) {
                 self.reachable = !matches!(event, Event::Lost { .. });
+                if !self.reachable {
+                    self.revocations.forget();
+                }
                 self.core.event(&mut Calls(channel), event, now, done);
             }
         }
@@ -221,6 +228,9 @@ impl Disk for RemoteDisk {
     fn tick(&mut self, ring: &mut Ring, now: Instant, done: &mut Vec<Done>) -> Option<Instant> {
         let channel = self.channel.as_mut()?;
         let core = self.core.tick(&mut Calls(channel), now, done);
+        if self.reachable {
+            self.revocations.tick(&self.core.options.security, channel, now);
+        }
         let mut next = channel.tick(ring, now, &mut self.events);
         if !self.events.is_empty() {
             self.handle(ring, now, done);
