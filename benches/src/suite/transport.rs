@@ -6,34 +6,39 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use devices::disk::volume::opcode;
+use transport::Carrier;
 use transport::blocking::Client;
 use transport::buffer::Buffer;
 use transport::channel::{Call, Channel, Config, Event, Names};
 use transport::identity::Security;
+use transport::identity::testing::{Household, security};
 use transport::ring::Ring;
 use transport::server::{self, Connection, Limits, Sessions};
 use transport::wire::{Body, Class, MAX_PAYLOAD, Status};
 
 use crate::agent::Agent;
 use crate::bench::{Bench, Readings, Suite};
+use crate::figure::Target::{self, AtLeast, AtMost};
 use crate::figure::{Reading, Spec};
 use crate::floor::tcp::{PingPong, Stream};
 use crate::smaps;
 use crate::stats::{median, micros, percentile, rate};
 
-const fn spec(name: &'static str, unit: &'static str, baseline: &'static str) -> Spec {
-    Spec { name, unit, baseline, target: None }
+const fn spec(name: &'static str, unit: &'static str, baseline: &'static str, target: Target) -> Spec {
+    Spec { name, unit, baseline, target: Some(target) }
 }
 
 /// See the [module](self).
 pub const SUITE: Suite = Suite {
     name: "transport",
     specs: &[
-        spec("transport.request_4k_depth1", "us", "bare TCP ping-pong"),
-        spec("transport.request_4k_depth64", "1/s", "its own depth 1"),
-        spec("transport.bulk_64k", "GB/s", "bare TCP stream"),
-        spec("transport.urgent_p99_under_bulk", "us", "urgent p99 without bulk"),
-        spec("transport.memory_per_idle_connection", "KiB", ""),
+        spec("transport.request_4k_depth1", "us", "bare TCP ping-pong", AtMost(1.10)),
+        spec("transport.tls_request_4k_depth1", "us", "bare TCP ping-pong", AtMost(1.35)),
+        spec("transport.request_4k_depth64", "1/s", "its own depth 1", AtLeast(4.0)),
+        spec("transport.bulk_64k", "GB/s", "bare TCP stream", AtLeast(0.85)),
+        Spec { name: "transport.tls_bulk_64k", unit: "GB/s", baseline: "bare TCP stream", target: None },
+        spec("transport.urgent_p99_under_bulk", "us", "urgent p99 without bulk", AtMost(3.0)),
+        spec("transport.memory_per_idle_connection", "KiB", "256 KiB", AtMost(1.0)),
     ],
     run,
 };
@@ -47,11 +52,13 @@ pub const ANSWER_BYTES: usize = 32;
 const GIVE: u16 = 0x1000;
 
 fn run(bench: &Bench, readings: &mut Readings) -> Result<()> {
-    let mut peer = Peer::connect()?;
+    let house = Household::new();
+    let mut peer = Peer::connect(Security::Plain, Security::Plain)?;
+    let mut secure = Peer::connect(security(&house.agent("attic")), security(&house.console("desk")))?;
     let mut ping = PingPong::new(REQUEST_BYTES, ANSWER_BYTES + 4096)?;
     let mut stream = Stream::new(64 << 10)?;
     let (mut bare, mut single, mut many, mut flow, mut bulk) = (vec![], vec![], vec![], vec![], vec![]);
-    let (mut idle, mut busy) = (vec![], vec![]);
+    let (mut idle, mut busy, mut single_tls, mut bulk_tls) = (vec![], vec![], vec![], vec![]);
     let alone = Load { class: Class::Normal, size: 4096, depth: 1 };
     let urgent = Load { class: Class::Urgent, ..alone };
     let deep = Load { depth: 64, ..alone };
@@ -59,13 +66,20 @@ fn run(bench: &Bench, readings: &mut Readings) -> Result<()> {
     for _ in 0..bench.rounds() {
         bare.push(median(&ping.run(bench.slice())?));
         single.push(median(&peer.run(&[alone], bench.slice())?.times));
+        single_tls.push(median(&secure.run(&[alone], bench.slice())?.times));
         many.push(peer.run(&[deep], bench.slice())?.rate(4096) / 4096.0);
         flow.push(stream.run(bench.slice())? / 1e9);
         bulk.push(peer.run(&[large], bench.slice())?.rate(64 << 10) / 1e9);
+        bulk_tls.push(secure.run(&[large], bench.slice())?.rate(64 << 10) / 1e9);
         idle.push(percentile(&peer.run(&[urgent], bench.slice())?.times, 0.99));
         busy.push(percentile(&peer.run(&[urgent, large], bench.slice())?.times, 0.99));
     }
     readings.add(Reading::beside("transport.request_4k_depth1", median(&single), median(&bare)));
+    let carrier = format!("by {}", secure.carrier);
+    let tls = Reading::beside("transport.tls_request_4k_depth1", median(&single_tls), median(&bare));
+    readings.add(tls.note(carrier.clone()));
+    let tls = Reading::beside("transport.tls_bulk_64k", median(&bulk_tls), median(&flow));
+    readings.add(tls.note(carrier));
     let one = 1e6 / median(&single);
     readings.add(Reading::beside("transport.request_4k_depth64", median(&many), one));
     readings.add(Reading::beside("transport.bulk_64k", median(&bulk), median(&flow)));
@@ -102,7 +116,7 @@ fn idle_memory(bench: &Bench, readings: &mut Readings) -> Result<()> {
     let each = after.saturating_sub(before) as f64 / 1024.0 / PEERS as f64;
     let note =
         format!("the agent's proportional set size, of {PEERS} connections; kernel memory is not in it");
-    readings.add(Reading::floor("transport.memory_per_idle_connection", each).note(note));
+    readings.add(Reading::beside("transport.memory_per_idle_connection", each, 256.0).note(note));
     Ok(())
 }
 
@@ -136,14 +150,17 @@ struct Peer {
     ring: Ring,
     channel: Channel,
     events: Vec<Event>,
+    carrier: Carrier,
 }
 
 impl Peer {
-    fn connect() -> Result<Self> {
+    fn connect(theirs: Security, ours: Security) -> Result<Self> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
         let address = listener.local_addr()?.to_string();
         std::thread::Builder::new().name("answerer".into()).spawn(move || {
-            if let Err(error) = listener.accept().map_err(Into::into).and_then(|(socket, _)| answer(socket)) {
+            if let Err(error) =
+                listener.accept().map_err(Into::into).and_then(|(socket, _)| answer(socket, &theirs))
+            {
                 eprintln!("bench: the answering side ended: {error:#}");
             }
         })?;
@@ -151,7 +168,7 @@ impl Peer {
         let config = Config {
             address,
             name: "bench".to_owned(),
-            security: Security::Plain,
+            security: ours,
             node: None,
             dead_after: Duration::from_secs(10),
             retry_first: Duration::from_millis(10),
@@ -160,12 +177,15 @@ impl Peer {
         };
         let names = Names::of(&config.address)?;
         let channel = Channel::new(config, names, &mut ring);
-        let mut peer = Self { ring, channel, events: Vec::new() };
+        let mut peer = Self { ring, channel, events: Vec::new(), carrier: Carrier::Tcp };
         let deadline = Instant::now() + Duration::from_secs(10);
         loop {
             peer.step()?;
             match peer.events.pop() {
-                Some(Event::Opened { .. }) => break,
+                Some(Event::Opened { carrier, .. }) => {
+                    peer.carrier = carrier;
+                    break;
+                }
                 Some(Event::Lost { reason }) => bail!("The transport does not connect: {reason}"),
                 _ if Instant::now() > deadline => bail!("The transport does not connect"),
                 _ => {}
@@ -256,10 +276,10 @@ impl Drop for Peer {
     }
 }
 
-fn answer(socket: std::net::TcpStream) -> Result<()> {
+fn answer(socket: std::net::TcpStream, security: &Security) -> Result<()> {
     let mut ring = Ring::new(256)?;
     let sessions: Arc<Sessions> = Sessions::new("bench", Limits::default());
-    let mut connection = Connection::new(socket, sessions, &Security::Plain, &mut ring);
+    let mut connection = Connection::new(socket, sessions, security, &mut ring);
     let mut events = Vec::new();
     loop {
         let next = connection.tick(&mut ring, Instant::now(), &mut events);
