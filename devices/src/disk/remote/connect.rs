@@ -5,7 +5,6 @@ use std::time::{Duration, Instant};
 
 use transport::blocking::{self, Client, Reply};
 use transport::channel::Names;
-use transport::identity::{Security, revocation};
 use transport::metrics::Recorder;
 use transport::wire::{Class, Status};
 
@@ -162,23 +161,6 @@ impl Meeting<'_> {
         ConnectError::Protocol { agent: self.options.agent.clone(), source }
     }
 
-    /// Brings what is revoked to the agent, which may have been away when it was, or learns it from there.
-    fn exchange_revocations(&mut self) -> Result<(), ConnectError> {
-        let Security::Tls(identity) = &self.options.security else { return Ok(()) };
-        let left = self.until.saturating_duration_since(Instant::now()).min(FIRST_ANSWER);
-        let learned = revocation::exchange(&mut self.client, identity, left);
-        self.heard |= learned.is_ok();
-        let agent = &self.options.agent;
-        match learned {
-            Ok(Some(number)) => {
-                tracing::info!(%agent, number, "Learned a newer list of revoked certificates")
-            }
-            Ok(None) => {}
-            Err(source) => return Err(ConnectError::Unreachable { agent: agent.clone(), source }),
-        }
-        Ok(())
-    }
-
     /// Takes the lease. One whose holder went away without giving it back is waited for.
     fn acquire(&mut self) -> Result<Acquired, ConnectError> {
         let Options { volume, holder, name, .. } = self.options;
@@ -227,7 +209,6 @@ pub fn connect(options: Options, timeout: Duration) -> Result<RemoteDisk, Connec
         .client()
         .map_err(|source| ConnectError::Unreachable { agent: options.agent.clone(), source })?;
     let mut meeting = Meeting { options: &options, client, until: Instant::now() + timeout, heard: false };
-    meeting.exchange_revocations()?;
     let acquired = meeting.acquire()?;
     revocations::exchange(&mut meeting.client, &options.security, FIRST_ANSWER);
     let lease = Lease { epoch: acquired.epoch, holder: options.holder };
