@@ -263,3 +263,47 @@ fn without_its_virtio_console_a_guest_says_so() {
     assert_eq!(bench.omega(&["stop", "v"]).code, Some(0));
     assert_eq!(guest.end().code, Some(0));
 }
+
+/// Shows the other screen, and goes back.
+const OTHER_SCREEN: (&str, &str) = ("\x1b[?1049h", "\x1b[?1049l");
+
+#[test]
+fn the_live_view_has_a_screen_of_its_own_and_leaves_the_terminal_as_before() {
+    let bench = Bench::new();
+    let mut seat = Seat::new(&bench, &["top", "--interval", "100ms"]);
+    seat.shows("omega top: 0 guests, by name, every 100ms");
+    seat.shows("No guest runs here; `omega run GUEST.TOML` starts one.");
+    assert!(seat.is_raw() && seat.screen().contains(OTHER_SCREEN.0));
+    seat.types(b"s");
+    seat.shows("by traffic");
+    seat.signal(Signal::SIGTSTP);
+    eventually("it is stopped", || seat.is_stopped());
+    assert!(seat.is_restored());
+    seat.shows(OTHER_SCREEN.1);
+    seat.signal(Signal::SIGCONT);
+    eventually("the terminal is raw again", || seat.is_raw());
+    eventually("the other screen is shown again", || seat.screen().matches(OTHER_SCREEN.0).count() == 2);
+    seat.types(b"q");
+    assert_eq!(seat.end(), Some(0), "{}", seat.screen());
+    assert!(seat.is_restored());
+    eventually("and left again", || seat.screen().trim_end().ends_with(OTHER_SCREEN.1));
+}
+
+#[test]
+fn the_live_view_leaves_its_screen_however_it_ends() {
+    for (signal, code) in [(Signal::SIGTERM, Some(0)), (Signal::SIGHUP, Some(0)), (Signal::SIGSEGV, None)] {
+        let bench = Bench::new();
+        let mut seat = Seat::new(&bench, &["top"]);
+        seat.shows("omega top: 0 guests");
+        seat.signal(signal);
+        assert_eq!(seat.end(), code, "{signal}: {}", seat.screen());
+        assert!(seat.is_restored(), "{signal}");
+        seat.shows(OTHER_SCREEN.1);
+    }
+    let bench = Bench::new();
+    let mut seat = Seat::new(&bench, &["top"]);
+    seat.shows("omega top: 0 guests");
+    seat.types(b"\x03");
+    assert_eq!(seat.end(), Some(0), "Ctrl-C: {}", seat.screen());
+    assert!(seat.is_restored());
+}

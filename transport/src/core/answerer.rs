@@ -134,7 +134,8 @@ impl Answerer {
 
     /// What happens from here on happens now.
     pub(crate) fn at(&mut self, now: Instant) {
-        self.clock = now;
+        // A caller may have looked at the clock before it submitted something.
+        self.clock = self.clock.max(now);
     }
 
     /// Writes down what carries the frames and how much credit is in use.

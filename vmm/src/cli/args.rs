@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Args, Parser, Subcommand, ValueHint};
+use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 
 use transport::identity::{NodeName, Role};
 
@@ -63,6 +63,11 @@ pub enum Command {
     Resume(Name),
     /// Show what a guest does: its state, devices and counters.
     Status(Status),
+    /// Show live what the guests here do with other PCs; `q` quits.
+    ///
+    /// For each guest, peer and class: requests and bytes per second, and latencies of the last interval.
+    /// A latency is at most 6.25 % above the truth, never below.
+    Top(Top),
     /// Show what this PC can and cannot do, and how to mend it.
     ///
     /// Ends with 0 if guests can run here, with 1 otherwise.
@@ -165,6 +170,33 @@ pub struct Status {
     /// Print JSON for programs.
     #[arg(long)]
     pub json: bool,
+}
+
+/// `omega top`.
+#[derive(Debug, Args)]
+pub struct Top {
+    /// Print one table of one interval and end.
+    #[arg(long)]
+    pub once: bool,
+    /// Print JSON for programs: one object a line for each interval.
+    #[arg(long)]
+    pub json: bool,
+    /// How long an interval is.
+    #[arg(long, value_name = "TIME", default_value_t = Span(Duration::from_secs(1)))]
+    pub interval: Span,
+    /// What comes first: `name`, or `traffic` for who asks most.
+    #[arg(long, value_name = "ORDER", default_value = "name")]
+    pub sort: Order,
+}
+
+/// The order of `omega top`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Order {
+    /// By name.
+    #[default]
+    Name,
+    /// Who asks most comes first.
+    Traffic,
 }
 
 /// `omega validate`.

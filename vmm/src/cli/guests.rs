@@ -83,7 +83,7 @@ fn silent(folder: &Folder, pid: u32) -> Status {
     }
 }
 
-fn state(state: State) -> &'static str {
+pub(super) fn state(state: State) -> &'static str {
     match state {
         State::Starting => "starting",
         State::Running => "running",
@@ -92,7 +92,7 @@ fn state(state: State) -> &'static str {
     }
 }
 
-fn uptime(milliseconds: u64) -> String {
+pub(super) fn uptime(milliseconds: u64) -> String {
     let seconds = milliseconds / 1000;
     let (days, hours, minutes) = (seconds / 86_400, seconds / 3600 % 24, seconds / 60 % 60);
     let seconds = seconds % 60;

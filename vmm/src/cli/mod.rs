@@ -12,6 +12,7 @@ mod node;
 mod run;
 pub mod runtime;
 mod signals;
+mod top;
 mod validate;
 
 use std::io::{self, Write};
@@ -99,6 +100,7 @@ fn obey(command: Command) -> Result<(), Failure> {
         Command::Pause(args) => guests::pause(&args),
         Command::Resume(args) => guests::resume(&args),
         Command::Status(args) => guests::status(&args),
+        Command::Top(args) => top::top(&args),
         Command::Check(args) => check(&args),
         Command::Validate(args) => validate::validate(&args),
         Command::Ca(args::Ca::Init(args)) => ca::init(&args),

@@ -30,6 +30,14 @@ static COOKED: OnceLock<libc::termios> = OnceLock::new();
 static RAW: AtomicBool = AtomicBool::new(false);
 /// Whether it should be, when this process is in the foreground.
 static WANTED: AtomicBool = AtomicBool::new(false);
+/// Whether the other screen is shown.
+static SCREEN: AtomicBool = AtomicBool::new(false);
+/// Whether it should be, when this process is in the foreground.
+static SCREEN_WANTED: AtomicBool = AtomicBool::new(false);
+/// Shows the terminal's other screen, without a cursor.
+const ENTER_SCREEN: &[u8] = b"\x1b[?1049h\x1b[?25l\x1b[2J";
+/// Back to what was shown before.
+const LEAVE_SCREEN: &[u8] = b"\x1b[?25h\x1b[?1049l";
 /// What fatal signals did before, in the order of [`FATAL`].
 static BEFORE: OnceLock<[Option<SigAction>; FATAL.len()]> = OnceLock::new();
 
@@ -57,9 +65,29 @@ impl Raw {
     }
 }
 
+impl Raw {
+    /// As [`enter`](Self::enter), and shows the terminal's other screen, so that what was shown before is there
+    /// again afterwards.
+    ///
+    /// # Errors
+    /// The terminal refuses.
+    pub fn enter_screen() -> io::Result<Option<Self>> {
+        if !io::stdout().is_terminal() {
+            return Ok(None);
+        }
+        SCREEN_WANTED.store(true, Ordering::SeqCst);
+        Self::enter().inspect(|raw| {
+            if raw.is_none() {
+                SCREEN_WANTED.store(false, Ordering::SeqCst);
+            }
+        })
+    }
+}
+
 impl Drop for Raw {
     fn drop(&mut self) {
         WANTED.store(false, Ordering::SeqCst);
+        SCREEN_WANTED.store(false, Ordering::SeqCst);
         restore();
     }
 }
@@ -78,6 +106,10 @@ pub fn in_foreground() -> bool {
 
 /// Puts the terminal back as it was. Can be called at any time, from any thread and from a signal handler.
 pub fn restore() {
+    if SCREEN.swap(false, Ordering::SeqCst) {
+        // `write` alone may be called in a signal handler; there is nowhere to tell a failure.
+        let _ = nix::unistd::write(io::stdout(), LEAVE_SCREEN);
+    }
     if RAW.swap(false, Ordering::SeqCst)
         && let Some(cooked) = COOKED.get()
     {
@@ -113,6 +145,10 @@ fn make_raw() -> io::Result<()> {
     cfmakeraw(&mut raw);
     RAW.store(true, Ordering::SeqCst);
     tcsetattr(io::stdin().as_fd(), SetArg::TCSANOW, &raw)?;
+    if SCREEN_WANTED.load(Ordering::SeqCst) {
+        SCREEN.store(true, Ordering::SeqCst);
+        nix::unistd::write(io::stdout(), ENTER_SCREEN)?;
+    }
     Ok(())
 }
 

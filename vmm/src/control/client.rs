@@ -8,7 +8,7 @@ use std::time::Duration;
 use serde::de::DeserializeOwned;
 
 use super::protocol::{Answer, Command, LONGEST_ANSWER, Outcome, Request, VERSION};
-use super::{Counters, Status};
+use super::{Counters, Peers, Status};
 
 /// A request could not be made or was refused.
 #[derive(Debug, thiserror::Error)]
@@ -57,6 +57,14 @@ impl Client {
     /// See [`Client::ask`].
     pub fn counters(&mut self) -> Result<Counters, Error> {
         self.ask_for(Command::Counters)
+    }
+
+    /// What was counted with the peers of the guest's devices.
+    ///
+    /// # Errors
+    /// See [`Client::ask`].
+    pub fn peers(&mut self) -> Result<Peers, Error> {
+        self.ask_for(Command::Peers)
     }
 
     fn ask_for<T: DeserializeOwned>(&mut self, command: Command) -> Result<T, Error> {

@@ -50,6 +50,9 @@ pub trait Controlled: Send + Sync {
     /// What was counted since the start. Answers at once in every state.
     fn counters(&self) -> Counters;
 
+    /// What was counted with the peers of its devices. Answers at once in every state.
+    fn peers(&self) -> Peers;
+
     /// Asks the guest to give up `target` bytes of its RAM through the balloon. Returns at once.
     ///
     /// # Errors
@@ -66,6 +69,10 @@ pub trait Controlled: Send + Sync {
 /// What was counted: group (`vcpu0`, `disk0`, `net0`, `vmm`) → counter (`exits`, `read_bytes`) → value.
 /// Values only grow while the machine lives.
 pub type Counters = BTreeMap<String, BTreeMap<String, u64>>;
+
+/// What was counted with each device's peer: device (`disk0`) → its numbers, of which those that are no gauges
+/// only grow while the machine lives.
+pub type Peers = BTreeMap<String, transport::metrics::Snapshot>;
 
 /// Where a machine is in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]

@@ -32,6 +32,8 @@ pub enum Command {
     Status,
     /// Answers with [`Counters`](super::Counters).
     Counters,
+    /// Answers with [`Peers`](super::Peers).
+    Peers,
     /// Pauses the guest; answers when it stands still.
     Pause,
     /// Lets it go on.

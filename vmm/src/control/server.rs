@@ -303,6 +303,7 @@ fn at_once(machine: &dyn Controlled, resize: &Resize, command: &Command) -> Resu
     match command {
         Command::Status => value(serde_json::to_value(machine.status())),
         Command::Counters => value(serde_json::to_value(machine.counters())),
+        Command::Peers => value(serde_json::to_value(machine.peers())),
         Command::PowerOff => machine.power_off().map(|()| serde_json::Value::Null),
         Command::Kill => {
             machine.kill();

@@ -8,8 +8,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use transport::metrics::Snapshot;
+
 use super::super::client::{Client, Error as ClientError};
-use super::super::{Controlled, Counters, Error, State, Status};
+use super::super::{Controlled, Counters, Error, Peers, State, Status};
 use super::{Command, Console, Server};
 use crate::units::Bytes;
 
@@ -70,6 +72,10 @@ impl Controlled for Machine {
 
     fn counters(&self) -> Counters {
         [("vcpu0".to_owned(), [("exits".to_owned(), 5)].into())].into()
+    }
+
+    fn peers(&self) -> Peers {
+        [("disk0".to_owned(), Snapshot { peer: "pc2".into(), connects: 3, ..Snapshot::default() })].into()
     }
 
     fn set_balloon(&self, target: Bytes) -> Result<(), Error> {
@@ -135,6 +141,7 @@ fn every_command_reaches_the_machine_and_its_answer_comes_back() {
     let mut client = bench.client();
     assert_eq!(client.status().expect("a status"), bench.machine.status());
     assert_eq!(client.counters().expect("counters"), bench.machine.counters());
+    assert_eq!(client.peers().expect("peers"), bench.machine.peers());
     client.ask(Command::PowerOff).expect("it is pressed");
     client.ask(Command::Balloon { target: Bytes(64 << 20) }).expect("it is asked");
     client.ask(Command::Pause).expect("it pauses");

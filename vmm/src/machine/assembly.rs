@@ -12,6 +12,7 @@ use devices::pci::{PciRoot, Windows};
 use devices::platform::{I8042, Pm, Pvpanic, RamSize, Rtc, Serial, SystemControlA, ports};
 use devices::virtio::VirtioDevice;
 use devices::virtio::pci::VirtioPci;
+use transport::metrics::Metrics;
 
 use super::parts::{Counters, Device, Parts};
 use super::{Error, Machine, Options, cards, disks, peripherals};
@@ -40,7 +41,7 @@ impl Assembly {
     /// Adds a device to the machine's life.
     pub(super) fn add(&mut self, name: &str, about: &'static str, life: Arc<dyn Lifecycle>) {
         let about = Box::new(move || about.to_owned());
-        self.devices.push(Device { name: name.into(), about, life, counters: None });
+        self.devices.push(Device { name: name.into(), about, life, counters: None, peer: None });
     }
 
     /// Puts a device on the port bus and into the machine's life.
@@ -70,8 +71,17 @@ impl Assembly {
         self.next_slot += 1;
         self.pci.add(self.next_slot, Arc::clone(&function) as _).map_err(|why| broken(name, &why))?;
         let about = Box::new(move || about.clone());
-        self.devices.push(Device { name: name.into(), about, life: function, counters });
+        self.devices.push(Device { name: name.into(), about, life: function, counters, peer: None });
         Ok(())
+    }
+}
+
+impl Assembly {
+    /// Shows what is counted with the peer of the device that was added last.
+    pub(super) fn has_peer(&mut self, metrics: Arc<Metrics>) {
+        if let Some(device) = self.devices.last_mut() {
+            device.peer = Some(metrics);
+        }
     }
 }
 

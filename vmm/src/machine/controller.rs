@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use super::parts::{Parts, lock};
 use super::{Error, Exit};
-use crate::control::{self, Controlled, Counters, DeviceStatus, State, Status};
+use crate::control::{self, Controlled, Counters, DeviceStatus, Peers, State, Status};
 use crate::kvm::{CpuState, PartitionState};
 use crate::units::Bytes;
 
@@ -118,6 +118,12 @@ impl Controlled for Controller {
             }
         }
         groups
+    }
+
+    fn peers(&self) -> Peers {
+        let peer =
+            |device: &super::parts::Device| Some((device.name.clone(), device.peer.as_ref()?.snapshot()));
+        self.parts.devices.iter().filter_map(peer).collect()
     }
 
     fn set_balloon(&self, target: Bytes) -> Result<(), control::Error> {

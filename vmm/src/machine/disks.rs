@@ -9,6 +9,7 @@ use devices::disk::file::{Direct, FileDisk, Options as FileOptions};
 use devices::disk::remote::{self, OnTimeout, Options as RemoteOptions};
 use devices::virtio::blk::{self, Blk, OperationCounters};
 use transport::identity::{Reloading, Security};
+use transport::metrics::{Metrics, Snapshot};
 
 use super::Error;
 use super::assembly::Assembly;
@@ -27,7 +28,8 @@ pub(super) fn add(
     identity: Option<&Arc<Reloading>>,
 ) -> Result<(), Error> {
     for (index, config) in guest.disk.iter().enumerate() {
-        let (disk, more) = open(config, &guest.name, identity).map_err(|why| Error::Disk { index, why })?;
+        let (disk, more, peer) =
+            open(config, &guest.name, identity).map_err(|why| Error::Disk { index, why })?;
         let queues = config.queues.unwrap_or(MAX_QUEUES.min(guest.cpu.count.into()));
         let serial = config.serial.clone().unwrap_or_default();
         let about = disk.describe();
@@ -39,6 +41,7 @@ pub(super) fn add(
             all
         });
         assembly.add_virtio(&format!("disk{index}"), about, Box::new(blk), Some(counters))?;
+        peer.into_iter().for_each(|metrics| assembly.has_peer(metrics));
     }
     Ok(())
 }
@@ -56,7 +59,7 @@ fn blk_counters(counters: &blk::Counters) -> Vec<(&'static str, u64)> {
     all
 }
 
-type Opened = (Box<dyn Disk>, Counters);
+type Opened = (Box<dyn Disk>, Counters, Option<Arc<Metrics>>);
 
 fn open(config: &config::Disk, guest: &str, identity: Option<&Arc<Reloading>>) -> Result<Opened, String> {
     match (&config.path, &config.remote) {
@@ -67,7 +70,7 @@ fn open(config: &config::Disk, guest: &str, identity: Option<&Arc<Reloading>>) -
                 direct: if config.direct { Direct::On } else { Direct::Auto },
             };
             let disk = FileDisk::open(&options).map_err(|error| error.to_string())?;
-            Ok((Box::new(disk), Box::new(Vec::new)))
+            Ok((Box::new(disk), Box::new(Vec::new), None))
         }
         (None, Some(remote)) => open_remote(remote, config.read_only, guest, identity),
         _ => Err("give either `path` or `remote`".into()),
@@ -121,8 +124,14 @@ fn open_remote(
         ..options
     };
     let disk = remote::connect(options, CONNECT_TIMEOUT).map_err(|error| error.to_string())?;
-    let counters = disk.counters();
-    Ok((Box::new(disk), Box::new(move || remote_counters(&counters.snapshot()))))
+    let (counters, metrics) = (disk.counters(), disk.metrics());
+    let peer = Arc::clone(&metrics);
+    let all = move || {
+        let mut all = remote_counters(&counters.snapshot());
+        all.extend(peer_counters(&peer.snapshot()));
+        all
+    };
+    Ok((Box::new(disk), Box::new(all), Some(metrics)))
 }
 
 fn remote_counters(now: &remote::Snapshot) -> Vec<(&'static str, u64)> {
@@ -135,6 +144,20 @@ fn remote_counters(now: &remote::Snapshot) -> Vec<(&'static str, u64)> {
         ("agent_full", now.full),
         ("conflicts", now.conflicts),
         ("disk_errors", now.errors),
+    ]
+}
+
+/// What only grows of what was counted with the agent; the command `peers` has all of it.
+fn peer_counters(now: &Snapshot) -> Vec<(&'static str, u64)> {
+    vec![
+        ("peer_connects", now.connects),
+        ("peer_losses", now.losses),
+        ("peer_failed_attempts", now.failed_attempts),
+        ("peer_sent_bytes", now.sent_bytes),
+        ("peer_received_bytes", now.received_bytes),
+        ("peer_replays", now.replays),
+        ("peer_expired", now.expired()),
+        ("peer_requests", now.series.iter().map(|series| series.latency.count).sum()),
     ]
 }
 

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use devices::lifecycle::Lifecycle;
 use devices::platform::Pm;
 use devices::virtio::balloon;
+use transport::metrics::Metrics;
 
 use super::{Error, Exit};
 use crate::acpi;
@@ -28,6 +29,8 @@ pub(super) struct Device {
     pub(super) about: Box<dyn Fn() -> String + Send + Sync>,
     pub(super) life: Arc<dyn Lifecycle>,
     pub(super) counters: Option<Counters>,
+    /// What is counted with its peer, if it has one.
+    pub(super) peer: Option<Arc<Metrics>>,
 }
 
 /// Reads a device's counters.

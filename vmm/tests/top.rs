@@ -1,0 +1,120 @@
+//! `omega top` beside guests that run, one of them with a disk on another PC.
+#![allow(missing_docs)]
+
+mod support;
+
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use devices::disk::Geometry;
+use devices::disk::volume::{Acquired, Opened, opcode};
+use support::micro::Code;
+use support::{Bench, kvm};
+use transport::buffer::Buffer;
+use transport::identity::Security;
+use transport::ring::Ring;
+use transport::server::{Connection, Event, Limits, Sessions};
+use transport::wire::Status;
+
+/// An agent with a volume that nobody reads: it gives the lease and has it renewed often.
+fn agent() -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let address = listener.local_addr().expect("an address");
+    let sessions = Sessions::new("attic", Limits::default());
+    std::thread::spawn(move || {
+        for socket in listener.incoming().map_while(Result::ok) {
+            let sessions = Arc::clone(&sessions);
+            std::thread::spawn(move || serve(socket, sessions));
+        }
+    });
+    address
+}
+
+fn serve(socket: TcpStream, sessions: Arc<Sessions>) {
+    let mut ring = Ring::new(16).expect("io_uring works here");
+    let mut connection = Connection::new(socket, sessions, &Security::Plain, &mut ring);
+    let mut events = Vec::new();
+    while !connection.is_finished() {
+        let now = Instant::now();
+        let due = connection.tick(&mut ring, now, &mut events);
+        if events.is_empty() {
+            ring.wait(due.map(|due| due.saturating_duration_since(now))).expect("it waits");
+        }
+        while let Some(completion) = ring.reap() {
+            connection.complete(&mut ring, completion, &mut events);
+        }
+        for event in events.drain(..) {
+            let Event::Request(request) = event else { continue };
+            let ttl = Duration::from_millis(60);
+            let geometry = Geometry {
+                size: 1 << 20,
+                block_size: 512,
+                read_only: false,
+                discard: false,
+                write_zeroes: false,
+            };
+            let body = match request.opcode {
+                opcode::ACQUIRE => Acquired { epoch: 1, ttl }.encode(),
+                opcode::OPEN => Opened { geometry, identity: 7 }.encode(),
+                _ => Default::default(),
+            };
+            connection.answer(request.id, Status::OK, &body, Buffer::empty());
+        }
+    }
+}
+
+#[test]
+fn one_interval_of_every_guest_is_a_table_or_json() {
+    if !kvm() {
+        return;
+    }
+    let bench = Bench::new();
+    let none = bench.omega(&["top", "--once", "--interval", "100ms"]);
+    assert_eq!((none.code, none.out.as_str()), (Some(0), "No guest runs here\n"), "{none:?}");
+    let disk = format!("disk = [{{ remote = {{ agent = '{}', volume = 'root' }} }}]", agent());
+    let code = Code::new().await_button().power_off();
+    let mut far = bench.run(&bench.guest("far", &code, &disk), &[]);
+    far.until("listening\n");
+    let mut alone = bench.run(&bench.guest("alone", &code, ""), &[]);
+    alone.until("listening\n");
+
+    let once = bench.omega(&["top", "--once", "--json", "--interval", "1s"]);
+    let report: serde_json::Value = serde_json::from_str(&once.out).expect("it is JSON");
+    let guests = report["guests"].as_array().expect("a list");
+    assert_eq!(guests.iter().map(|g| g["name"].as_str()).collect::<Vec<_>>(), [Some("alone"), Some("far")]);
+    assert_eq!(guests[0]["peers"], serde_json::json!([]), "{once:?}");
+    let peer = &guests[1]["peers"][0];
+    assert_eq!((&peer["device"], &peer["name"]), (&"disk0".into(), &"attic".into()), "{once:?}");
+    assert_eq!((&peer["connected"], &peer["carrier"]), (&true.into(), &"tcp".into()), "{once:?}");
+    let class = &peer["classes"][0];
+    assert_eq!(class["class"], "control", "{once:?}");
+    // Every 20 ms, if the machine is quick enough; at least one.
+    let rate = class["requests_per_s"].as_f64().expect("a number");
+    assert!((0.4..=60.0).contains(&rate), "{once:?}");
+    let number = |name: &str| class[name].as_f64().unwrap_or_else(|| panic!("{name} in {once:?}"));
+    assert!(0.0 < number("p50_us") && number("p50_us") <= number("p99_us"), "{once:?}");
+    assert!(number("p99_us") <= number("max_us"), "{once:?}");
+    let operations = peer["operations"].as_array().expect("a list");
+    let renew = operations.iter().find(|of| of["operation"] == "renew").expect("it was renewed");
+    assert_eq!(renew["requests_per_s"], class["requests_per_s"], "nothing else was asked: {once:?}");
+
+    let table = bench.omega(&["top", "--once", "--interval", "300ms"]);
+    assert!(table.out.starts_with("alone  running  1 vCPU  "), "{table:?}");
+    assert!(table.out.contains("\n  disk0 on attic  tcp  out 0.0 in 0.0 MiB/s  credit "), "{table:?}");
+    assert!(table.out.contains("\n    control "), "{table:?}");
+    assert!(table.out.lines().all(|line| line.chars().count() <= 80), "{table:?}");
+
+    let counters = bench.omega(&["status", "far", "--json"]);
+    let status: serde_json::Value = serde_json::from_str(&counters.out).expect("it is JSON");
+    assert_eq!(status["counters"]["disk0"]["peer_connects"], 1, "{counters:?}");
+    assert!(status["counters"]["disk0"]["peer_requests"].as_u64() > Some(2), "{counters:?}");
+
+    let piped = bench.omega(&["top"]);
+    assert_eq!(piped.code, Some(2), "{piped:?}");
+    assert!(piped.err.contains("`omega top --once`"), "{piped:?}");
+    for (name, guest) in [("far", far), ("alone", alone)] {
+        assert_eq!(bench.omega(&["stop", name]).code, Some(0));
+        assert_eq!(guest.end().code, Some(0));
+    }
+}
