@@ -101,7 +101,6 @@ pub struct Answer {
 
 /// What happened on a channel.
 #[derive(Debug)]
-#[expect(clippy::large_enum_variant, reason = "nearly all events are answers, and a box for each costs more")]
 pub enum Event {
     /// A session was opened with a peer that knows nothing of an earlier one (the first time, or the
     /// peer was restarted). Requests wait until [`Channel::ready`]; only `setup` requests go out.

@@ -77,7 +77,7 @@ fn refusal(server: Security, client: Security, node: Option<&str>) -> (String, S
 }
 
 #[track_caller]
-fn refused(what: &str, reasons: (String, String), server: &str, client: &str) {
+fn refused(what: &str, reasons: &(String, String), server: &str, client: &str) {
     assert!(reasons.0.contains(server), "{what}, the server: {}", reasons.0);
     assert!(reasons.1.contains(client), "{what}, the client: {}", reasons.1);
 }
@@ -96,7 +96,7 @@ fn whoever_connects_with_a_certificate_that_is_not_good_is_refused_and_both_side
         ("self-signed", house.self_signed("desk", console), "certificate", "The peer refused"),
         ("revoked", revoked, "was revoked", "certificate was revoked"),
     ] {
-        refused(what, refusal(agent.clone(), security(&identity), None), server, client);
+        refused(what, &refusal(agent.clone(), security(&identity), None), server, client);
     }
 }
 
@@ -116,7 +116,7 @@ fn an_agent_with_a_certificate_that_is_not_good_is_not_believed_and_both_sides_s
         ("wrong name", house.agent("cellar"), Some("attic"), "name or role", "attic.node.omega.internal"),
         ("wrong role", house.console("attic"), None, "name or role", "agent.role.omega.internal"),
     ] {
-        refused(what, refusal(security(&identity), console.clone(), node), server, client);
+        refused(what, &refusal(security(&identity), console.clone(), node), server, client);
     }
 }
 
@@ -126,13 +126,13 @@ fn without_tls_on_one_side_both_sides_say_so() {
     let (agent, console) = (security(&house.agent("attic")), security(&house.console("desk")));
     refused(
         "a plain client",
-        refusal(agent, Security::Plain, None),
+        &refusal(agent, Security::Plain, None),
         "speaks without TLS, and this side demands it",
         "speaks TLS, and this side has no identity",
     );
     refused(
         "a plain server",
-        refusal(Security::Plain, console, None),
+        &refusal(Security::Plain, console, None),
         "speaks TLS, and this side has no identity",
         "speaks without TLS, and this side demands it",
     );
@@ -267,7 +267,7 @@ fn garbage_and_handshakes_without_end_are_cut_off_and_cost_little() {
     let first = answer_to(server.address, b"GET / HTTP/1.1\r\nHost: omega\r\n\r\n");
     assert_eq!(first, [21, 3, 3, 0, 2, 2, 70], "an alert, and the end");
     let mut noise = vec![0u8; 100_000];
-    noise.iter_mut().enumerate().for_each(|(i, byte)| *byte = (i * 7919 >> 3) as u8);
+    noise.iter_mut().enumerate().for_each(|(i, byte)| *byte = ((i * 7919) >> 3) as u8);
     answer_to(server.address, &noise);
     // A handshake message of 16 MiB, in full records.
     let mut endless = record(&[&[1, 0xff, 0xff, 0xff][..], &[0; 16_000]].concat());

@@ -29,6 +29,9 @@ pub const NEVER: u16 = 259;
 pub const OPERATIONS: Operations =
     Operations(&[(ECHO, "echo"), (COUNT, "count"), (SLOW, "slow"), (NEVER, "never")]);
 
+/// Who proved to be connected, and by what.
+pub type Met = (Option<Peer>, Carrier);
+
 /// A server and its threads.
 pub struct Server {
     pub address: SocketAddr,
@@ -40,7 +43,7 @@ pub struct Server {
     /// Why connections ended.
     pub closed: Arc<Mutex<Vec<String>>>,
     /// Who proved to be connected, and by what.
-    pub opened: Arc<Mutex<Vec<(Option<Peer>, Carrier)>>>,
+    pub opened: Arc<Mutex<Vec<Met>>>,
     pub stop: Arc<AtomicBool>,
     pub most_in_flight: Arc<AtomicU64>,
     /// What its connections count.
@@ -150,7 +153,7 @@ fn serve(
     security: &Security,
     counts: &Mutex<std::collections::HashMap<u64, u32>>,
     closed: &Mutex<Vec<String>>,
-    opened: &Mutex<Vec<(Option<Peer>, Carrier)>>,
+    opened: &Mutex<Vec<Met>>,
     stop: &AtomicBool,
     most: &AtomicU64,
 ) {
@@ -239,7 +242,7 @@ pub struct Client {
     pub answers: Vec<Answer>,
     pub opened: u32,
     pub resumed: u32,
-    pub met: Option<(Option<Peer>, Carrier)>,
+    pub met: Option<Met>,
     pub lost: Vec<String>,
     /// A new session is ready after so many answers.
     pub setup_first: usize,
