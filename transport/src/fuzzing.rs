@@ -92,6 +92,11 @@ pub fn fuzz_wire(data: &[u8]) {
     }
 }
 
+/// Records of TLS from a peer that has the keys.
+pub fn fuzz_tls_records(data: &[u8]) {
+    crate::link::tls::records::exercise(data);
+}
+
 /// A well-formed conversation of each side, to start from.
 #[must_use]
 pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
@@ -156,7 +161,22 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
     let wire = request(7, Flags::ONCE, 0, 5).encode().to_vec();
     let mut greeting = hello(Role::Asking, 0).encode(1);
     greeting.extend([0; 16]);
-    vec![("requests", requests), ("replies", replies), ("wire", wire), ("wire", greeting)]
+    let inside: &[&[u8]] =
+        &[b"content\x17", b"padded\x17\0\0", b"\x17", &[4, 0, 0, 0, 22], &[7; 3000], &[1, 0, 21]];
+    let mut records = vec![1];
+    for inner in inside {
+        records.push(1);
+        records.extend((inner.len() as u16).to_le_bytes());
+        records.extend_from_slice(inner);
+    }
+    records.extend([0, 9, 0, 23, 3, 3, 0, 4, 1, 2, 3, 4]);
+    vec![
+        ("requests", requests),
+        ("replies", replies),
+        ("wire", wire),
+        ("wire", greeting),
+        ("tls_records", records),
+    ]
 }
 
 #[cfg(test)]
@@ -168,6 +188,7 @@ mod tests {
         match name {
             "requests" => fuzz_requests,
             "replies" => fuzz_replies,
+            "tls_records" => fuzz_tls_records,
             _ => fuzz_wire,
         }
     }
@@ -201,7 +222,7 @@ mod tests {
             (dice >> 20) as usize % sides.max(1)
         };
         let mut ran = 0;
-        for name in ["requests", "replies", "wire"] {
+        for name in ["requests", "replies", "wire", "tls_records"] {
             let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fuzz/corpus").join(name);
             let files = std::fs::read_dir(&folder).expect("the corpus is there");
             let mut corpus: Vec<Vec<u8>> =

@@ -110,12 +110,16 @@ impl Records {
 
     /// Makes a record of the `len` bytes that lie behind the place of its header.
     fn finish(&mut self, start: usize, len: usize, content: Content) -> Result<(), Fault> {
-        let inner = len + 1;
+        self.out[start + HEADER + len] = content as u8;
+        self.encrypt(start, len + 1)
+    }
+
+    /// Encrypts what is inside a record: content, type, padding.
+    fn encrypt(&mut self, start: usize, inner: usize) -> Result<(), Fault> {
         let [high, low] = ((inner + TAG) as u16).to_be_bytes();
         let header = [Content::Data as u8, 3, 3, high, low];
         let record = &mut self.out[start..start + HEADER + inner + TAG];
         record[..HEADER].copy_from_slice(&header);
-        record[HEADER + len] = content as u8;
         let (text, tag_place) = record[HEADER..].split_at_mut(inner);
         let nonce = self.seal.nonce()?;
         let tag = self.seal.key.seal_in_place_separate_tag(nonce, Aad::from(header), text);
@@ -197,4 +201,168 @@ fn whole(bytes: &[u8]) -> Result<Option<usize>, Fault> {
         return Err(Fault::Protocol("a TLS record that is out of order or of a wrong length"));
     }
     Ok(Some(HEADER + len).filter(|len| bytes.len() >= *len))
+}
+
+/// For the fuzzer: a peer that has the keys and makes records of anything (`data` is a list of these: one
+/// byte that says whether what follows is encrypted, two of length, the bytes), received in pieces.
+pub(crate) fn exercise(data: &[u8]) {
+    let Some((piece, mut data)) = data.split_first() else { return };
+    let (Ok(mut peer), Ok(mut ours)) = (Records::new(&fixed()), Records::new(&fixed())) else { return };
+    let mut wire = Vec::new();
+    while let Some(([kind, low, high], rest)) = data.split_first_chunk() {
+        let len = usize::from(u16::from_le_bytes([*low, *high])).min(rest.len());
+        let (inner, rest) = rest.split_at(len);
+        data = rest;
+        if *kind == 0 {
+            wire.extend_from_slice(inner);
+            continue;
+        }
+        let inner = &inner[..inner.len().min(CIPHERTEXT)];
+        peer.out.clear();
+        peer.out.resize(HEADER + inner.len() + TAG, 0);
+        peer.out[HEADER..HEADER + inner.len()].copy_from_slice(inner);
+        if peer.encrypt(0, inner.len()).is_err() {
+            return;
+        }
+        wire.extend_from_slice(peer.unsent());
+        peer.sent(usize::MAX - 1);
+    }
+    let (mut input, mut have) = (vec![0; 64 << 10], 0);
+    for piece in wire.chunks(usize::from(*piece) * 64 + 1) {
+        input[have..have + piece.len()].copy_from_slice(piece);
+        let opened = ours.open(&mut input[..have + piece.len()], |content| {
+            assert!(content.len() <= PLAINTEXT, "a record has at most 16 KiB");
+            Ok(())
+        });
+        let Ok(rest) = opened else { return };
+        have = rest;
+        assert!(have < HEADER + CIPHERTEXT, "what is kept is less than a record");
+    }
+}
+
+/// The same keys in both directions.
+fn fixed() -> ExtractedSecrets {
+    let secrets = || ConnectionTrafficSecrets::Chacha20Poly1305 { key: [7; 32].into(), iv: [9; 12].into() };
+    ExtractedSecrets { tx: (0, secrets()), rx: (0, secrets()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pair() -> (Records, Records) {
+        (Records::new(&fixed()).expect("a cipher"), Records::new(&fixed()).expect("a cipher"))
+    }
+
+    /// A record with this inside, whatever it is.
+    fn raw(peer: &mut Records, inner: &[u8]) -> Vec<u8> {
+        peer.out.clear();
+        peer.out.resize(HEADER + inner.len() + TAG, 0);
+        peer.out[HEADER..HEADER + inner.len()].copy_from_slice(inner);
+        peer.encrypt(0, inner.len()).expect("it encrypts");
+        let bytes = peer.unsent().to_vec();
+        peer.sent(bytes.len());
+        bytes
+    }
+
+    fn opened(ours: &mut Records, mut bytes: Vec<u8>) -> Result<Vec<u8>, Fault> {
+        let mut got = Vec::new();
+        let rest = ours.open(&mut bytes, |content| {
+            got.extend_from_slice(content);
+            Ok(())
+        })?;
+        assert_eq!(rest, 0);
+        Ok(got)
+    }
+
+    #[test]
+    fn bytes_of_any_length_are_gathered_into_records_and_come_out_alike() {
+        let (mut peer, mut ours) = pair();
+        let bytes: Vec<u8> = (0..200_000u32).map(|i| (i / 7) as u8).collect();
+        let (mut from, mut got, mut input, mut have) = (0, Vec::new(), vec![0; 64 << 10], 0);
+        while from < bytes.len() {
+            loop {
+                let n = peer
+                    .seal(bytes.len() - from, |plain| {
+                        plain.copy_from_slice(&bytes[from..from + plain.len()]);
+                        plain.len()
+                    })
+                    .expect("it seals");
+                if n == 0 {
+                    break;
+                }
+                from += n;
+            }
+            assert!(peer.unsent().len() <= AHEAD * (HEADER + PLAINTEXT + 1 + TAG));
+            while !peer.unsent().is_empty() {
+                let n = peer.unsent().len().min(5000);
+                input[have..have + n].copy_from_slice(&peer.unsent()[..n]);
+                peer.sent(n);
+                let take = |content: &[u8]| {
+                    got.extend_from_slice(content);
+                    Ok(())
+                };
+                have = ours.open(&mut input[..have + n], take).expect("it opens");
+            }
+        }
+        assert!(got == bytes && have == 0);
+        assert_eq!((peer.count().0, ours.count().1), (13, 13), "full records but for the last");
+    }
+
+    #[test]
+    fn padding_is_taken_off_and_a_record_without_a_type_is_refused() {
+        let (mut peer, mut ours) = pair();
+        let padded = raw(&mut peer, b"some\x17\0\0\0\0");
+        assert_eq!(opened(&mut ours, padded), Ok(b"some".to_vec()));
+        assert_eq!(opened(&mut ours, raw(&mut peer, b"\x17")), Ok(Vec::new()), "an empty one");
+        let empty = opened(&mut ours, raw(&mut peer, &[0; 30]));
+        assert_eq!(empty, Err(Fault::Protocol("a TLS record without a type")));
+    }
+
+    #[test]
+    fn a_record_longer_than_allowed_inside_or_outside_is_refused() {
+        let (mut peer, mut ours) = pair();
+        let mut most = vec![1; PLAINTEXT];
+        most.push(23);
+        assert_eq!(opened(&mut ours, raw(&mut peer, &most)).map(|got| got.len()), Ok(PLAINTEXT));
+        most.push(23);
+        let longer = opened(&mut ours, raw(&mut peer, &most));
+        assert_eq!(longer, Err(Fault::Protocol("a TLS record that is too long")));
+        let header = vec![23, 3, 3, 0x41, 1];
+        assert!(matches!(opened(&mut ours, header), Err(Fault::Protocol(_))), "before it is received");
+    }
+
+    #[test]
+    fn a_record_that_is_repeated_left_out_or_swapped_does_not_open() {
+        let changed = |wire: &[&Vec<u8>]| {
+            let mut ours = pair().1;
+            wire.iter().map(|record| opened(&mut ours, record.to_vec())).find_map(Result::err)
+        };
+        let mut peer = pair().0;
+        let records: Vec<Vec<u8>> = [b"a\x17", b"b\x17", b"c\x17"].map(|r| raw(&mut peer, r)).into();
+        let [a, b, c] = &records[..] else { panic!("three") };
+        assert_eq!(changed(&[a, b, c]), None);
+        for wire in [&[a, a][..], &[a, c], &[b, a], &[a, b, b]] {
+            assert!(matches!(changed(wire), Some(Fault::Tls(_))), "{wire:?}");
+        }
+    }
+
+    #[test]
+    fn alerts_end_the_connection_in_words_and_tickets_are_ignored_but_not_for_ever() {
+        let (mut peer, mut ours) = pair();
+        let (mut other, mut theirs) = pair();
+        assert_eq!(opened(&mut ours, raw(&mut peer, &[1, 0, 21])), Err(Fault::Closed));
+        let revoked = opened(&mut theirs, raw(&mut other, &[2, 44, 21]));
+        assert!(revoked.expect_err("an alert").to_string().contains("was revoked"));
+        let (mut peer, mut ours) = pair();
+        for _ in 0..IGNORED_MOST {
+            assert_eq!(opened(&mut ours, raw(&mut peer, &[4, 0, 0, 0, 22])), Ok(Vec::new()));
+        }
+        assert!(opened(&mut ours, raw(&mut peer, &[4, 0, 0, 0, 22])).is_err());
+        let (mut peer, mut ours) = pair();
+        assert!(opened(&mut ours, raw(&mut peer, &[24, 0, 0, 1, 0, 22])).is_err(), "a key update");
+        let (mut peer, mut ours) = pair();
+        peer.seal_alert(super::super::CLOSE_NOTIFY).expect("it seals");
+        assert_eq!(opened(&mut ours, peer.unsent().to_vec()), Err(Fault::Closed), "as we say it ourselves");
+    }
 }
