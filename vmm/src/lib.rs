@@ -13,5 +13,6 @@ pub mod kvm;
 pub mod loader;
 pub mod machine;
 pub mod memory;
+pub mod ping;
 pub mod seccomp;
 pub mod units;

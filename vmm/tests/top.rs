@@ -3,66 +3,8 @@
 
 mod support;
 
-use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::sync::Arc;
-use std::time::{Duration, Instant};
-
-use devices::disk::Geometry;
-use devices::disk::volume::{Acquired, Opened, opcode};
 use support::micro::Code;
-use support::{Bench, kvm};
-use transport::buffer::Buffer;
-use transport::identity::Security;
-use transport::ring::Ring;
-use transport::server::{Connection, Event, Limits, Sessions};
-use transport::wire::Status;
-
-/// An agent with a volume that nobody reads: it gives the lease and has it renewed often.
-fn agent() -> SocketAddr {
-    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
-    let address = listener.local_addr().expect("an address");
-    let sessions = Sessions::new("attic", Limits::default());
-    std::thread::spawn(move || {
-        for socket in listener.incoming().map_while(Result::ok) {
-            let sessions = Arc::clone(&sessions);
-            std::thread::spawn(move || serve(socket, sessions));
-        }
-    });
-    address
-}
-
-fn serve(socket: TcpStream, sessions: Arc<Sessions>) {
-    let mut ring = Ring::new(16).expect("io_uring works here");
-    let mut connection = Connection::new(socket, sessions, &Security::Plain, &mut ring);
-    let mut events = Vec::new();
-    while !connection.is_finished() {
-        let now = Instant::now();
-        let due = connection.tick(&mut ring, now, &mut events);
-        if events.is_empty() {
-            ring.wait(due.map(|due| due.saturating_duration_since(now))).expect("it waits");
-        }
-        while let Some(completion) = ring.reap() {
-            connection.complete(&mut ring, completion, &mut events);
-        }
-        for event in events.drain(..) {
-            let Event::Request(request) = event else { continue };
-            let ttl = Duration::from_millis(60);
-            let geometry = Geometry {
-                size: 1 << 20,
-                block_size: 512,
-                read_only: false,
-                discard: false,
-                write_zeroes: false,
-            };
-            let body = match request.opcode {
-                opcode::ACQUIRE => Acquired { epoch: 1, ttl }.encode(),
-                opcode::OPEN => Opened { geometry, identity: 7 }.encode(),
-                _ => Default::default(),
-            };
-            connection.answer(request.id, Status::OK, &body, Buffer::empty());
-        }
-    }
-}
+use support::{Bench, agent, kvm};
 
 #[test]
 fn one_interval_of_every_guest_is_a_table_or_json() {
@@ -72,7 +14,7 @@ fn one_interval_of_every_guest_is_a_table_or_json() {
     let bench = Bench::new();
     let none = bench.omega(&["top", "--once", "--interval", "100ms"]);
     assert_eq!((none.code, none.out.as_str()), (Some(0), "No guest runs here\n"), "{none:?}");
-    let disk = format!("disk = [{{ remote = {{ agent = '{}', volume = 'root' }} }}]", agent());
+    let disk = format!("disk = [{{ remote = {{ agent = '{}', volume = 'root' }} }}]", agent::start());
     let code = Code::new().await_button().power_off();
     let mut far = bench.run(&bench.guest("far", &code, &disk), &[]);
     far.until("listening\n");

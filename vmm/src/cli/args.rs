@@ -68,6 +68,10 @@ pub enum Command {
     /// For each guest, peer and class: requests and bytes per second, and latencies of the last interval.
     /// A latency is at most 6.25 % above the truth, never below.
     Top(Top),
+    /// Measure the way to an agent: round trips, jitter and bandwidth by class, and what carries them.
+    ///
+    /// Ends with 0 if everything was answered, with 1 otherwise. Ctrl-C ends it and shows what came so far.
+    Ping(Ping),
     /// Show what this PC can and cannot do, and how to mend it.
     ///
     /// Ends with 0 if guests can run here, with 1 otherwise.
@@ -197,6 +201,68 @@ pub enum Order {
     Name,
     /// Who asks most comes first.
     Traffic,
+}
+
+/// `omega ping`.
+#[derive(Debug, Args)]
+pub struct Ping {
+    /// The agent: a node's name, or HOST or HOST:PORT.
+    #[arg(value_name = "NODE")]
+    pub target: String,
+    /// Round trips of each class.
+    #[arg(long, short, value_name = "N", default_value_t = 20)]
+    pub count: u32,
+    /// Bytes each way, up to 1M.
+    #[arg(long, short, value_name = "SIZE", default_value_t = Bytes(4096))]
+    pub size: Bytes,
+    /// Only this class; may be given several times.
+    #[arg(long = "class", value_name = "CLASS")]
+    pub classes: Vec<ClassName>,
+    /// The pause between two round trips.
+    #[arg(long, value_name = "TIME", default_value_t = Span(Duration::from_millis(10)))]
+    pub pause: Span,
+    /// How long bandwidth is measured for each class and direction; 0s for not at all.
+    #[arg(long, value_name = "TIME", default_value_t = Span(Duration::from_millis(300)))]
+    pub bandwidth: Span,
+    /// How long the connection and each answer may take.
+    #[arg(long, value_name = "TIME", default_value_t = Span(Duration::from_secs(5)))]
+    pub timeout: Span,
+    /// The name in the agent's certificate; by default NODE, if that is a name.
+    #[arg(long, value_name = "NAME")]
+    pub node: Option<String>,
+    /// Speak plain TCP, neither encrypted nor authenticated.
+    #[arg(long)]
+    pub insecure: bool,
+    /// Print JSON for programs.
+    #[arg(long)]
+    pub json: bool,
+    /// Where the identity is.
+    #[command(flatten)]
+    pub identity: IdentityFolder,
+}
+
+/// A class of requests.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ClassName {
+    /// A CPU waits for it.
+    Urgent,
+    /// Disk reads and writes.
+    Normal,
+    /// Leases and the like.
+    Control,
+    /// Copies that nobody waits for.
+    Bulk,
+}
+
+impl From<ClassName> for transport::wire::Class {
+    fn from(name: ClassName) -> Self {
+        match name {
+            ClassName::Urgent => Self::Urgent,
+            ClassName::Normal => Self::Normal,
+            ClassName::Control => Self::Control,
+            ClassName::Bulk => Self::Bulk,
+        }
+    }
 }
 
 /// `omega validate`.

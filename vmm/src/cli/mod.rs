@@ -6,9 +6,11 @@ mod ca;
 mod credentials;
 mod generate;
 mod guests;
+mod human;
 pub mod join;
 mod log;
 mod node;
+mod ping;
 mod run;
 pub mod runtime;
 mod signals;
@@ -101,6 +103,7 @@ fn obey(command: Command) -> Result<(), Failure> {
         Command::Resume(args) => guests::resume(&args),
         Command::Status(args) => guests::status(&args),
         Command::Top(args) => top::top(&args),
+        Command::Ping(args) => ping::ping(&args),
         Command::Check(args) => check(&args),
         Command::Validate(args) => validate::validate(&args),
         Command::Ca(args::Ca::Init(args)) => ca::init(&args),

@@ -1,6 +1,7 @@
 //! A folder with guests in it, and the binary `omega` to run on them.
 #![allow(dead_code, missing_docs, unreachable_pub, clippy::unwrap_used)] // each test program uses a part of it
 
+pub mod agent;
 pub mod micro;
 
 use std::io::Read;

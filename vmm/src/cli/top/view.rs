@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use super::super::args::Order;
 use super::super::guests::{state, uptime};
+use super::super::human::{harmless, latency, mebibytes, short};
 use super::sample::{Guest, Peer, Rates, Report};
 
 /// The heading of the classes' lines; everything fits 80 columns.
@@ -49,11 +50,7 @@ pub(super) fn screen(
 
 /// The first `columns` characters. Texts of peers may hold anything: what would move the cursor is replaced.
 fn clip(line: &str, columns: usize) -> String {
-    line.chars().map(harmless).take(columns).collect()
-}
-
-fn harmless(c: char) -> char {
-    if c.is_control() { '?' } else { c }
+    harmless(line).chars().take(columns).collect()
 }
 
 fn body(report: &Report, order: Order) -> Vec<String> {
@@ -77,7 +74,7 @@ fn body(report: &Report, order: Order) -> Vec<String> {
             lines.extend(peer_lines(peer));
         }
     }
-    lines.iter().map(|line| line.chars().map(harmless).collect()).collect()
+    lines.iter().map(|line| harmless(line)).collect()
 }
 
 fn headline(guest: &Guest) -> String {
@@ -120,33 +117,6 @@ fn class_line(rates: &Rates) -> String {
         rates.class.name(),
         rates.in_flight
     )
-}
-
-/// A rate in few characters.
-fn short(rate: f64) -> String {
-    match rate {
-        r if r >= 999_500.0 => format!("{:.1}M", r / 1e6),
-        r if r >= 9_999.5 => format!("{:.1}k", r / 1e3),
-        r if r >= 99.95 || r == 0.0 => format!("{r:.0}"),
-        r => format!("{r:.1}"),
-    }
-}
-
-fn mebibytes(bytes: f64) -> String {
-    let mebibytes = bytes / f64::from(1 << 20);
-    if mebibytes >= 999.5 { format!("{mebibytes:.0}") } else { format!("{mebibytes:.1}") }
-}
-
-/// Microseconds in the unit that people read.
-fn latency(micros: Option<f64>) -> String {
-    match micros {
-        None => "-".to_owned(),
-        Some(us) if us < 99.95 => format!("{us:.1}us"),
-        Some(us) if us < 999.5 => format!("{us:.0}us"),
-        Some(us) if us < 99_950.0 => format!("{:.1}ms", us / 1e3),
-        Some(us) if us < 999_500.0 => format!("{:.0}ms", us / 1e3),
-        Some(us) => format!("{:.1}s", us / 1e6),
-    }
 }
 
 #[cfg(test)]
@@ -233,15 +203,5 @@ desk  running  4 vCPUs  up 00:01:01
             text.lines().filter(|line| line.contains("running")).filter_map(|l| l.chars().next()).collect()
         };
         assert_eq!((names(Order::Name), names(Order::Traffic)), ("abc".to_owned(), "bac".to_owned()));
-    }
-
-    #[test]
-    fn numbers_are_short() {
-        assert_eq!(
-            [0.0, 0.5, 99.96, 9999.0, 10_000.0, 2e6].map(short),
-            ["0", "0.5", "100", "9999", "10.0k", "2.0M"]
-        );
-        let all = [Some(0.5), Some(99.96), Some(999.6), Some(99_960.0), Some(3e6), None];
-        assert_eq!(all.map(latency), ["0.5us", "100us", "1.0ms", "100ms", "3.0s", "-"]);
     }
 }
