@@ -311,6 +311,36 @@ fn a_handshake_that_trickles_is_ended_in_time() {
 }
 
 #[test]
+fn an_agent_whose_handshake_trickles_is_left_in_time() {
+    let house = Household::new();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let done = Arc::new(AtomicBool::new(false));
+    let trickle = std::thread::spawn({
+        let done = done.clone();
+        move || {
+            let (mut socket, _) = listener.accept().unwrap();
+            let record = [&[22, 3, 3, 0x3f, 0xff][..], &[2; 1000]].concat();
+            for byte in record {
+                if done.load(Ordering::Relaxed) || socket.write_all(&[byte]).is_err() {
+                    break;
+                }
+                std::thread::sleep(Duration::from_millis(50));
+            }
+        }
+    });
+    let mut client = Client::secured(address, security(&house.console("desk")), None);
+    let start = Instant::now();
+    while client.lost.is_empty() && start.elapsed() < Duration::from_secs(20) {
+        client.pump(Duration::from_millis(100));
+    }
+    done.store(true, Ordering::Relaxed);
+    trickle.join().unwrap();
+    assert_eq!(client.lost, ["The peer did not finish its TLS handshake in time"]);
+    assert!((9..15).contains(&start.elapsed().as_secs()), "after ten seconds: {:?}", start.elapsed());
+}
+
+#[test]
 fn a_handshake_that_is_cut_anywhere_leaves_nothing_behind() {
     let (_house, server, console) = pair();
     let config = Arc::new(stock(&console));

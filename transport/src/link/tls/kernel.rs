@@ -6,6 +6,7 @@ use std::net::TcpStream;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use nix::errno::Errno;
 use nix::sys::socket::setsockopt;
 use nix::sys::socket::sockopt::{TcpTlsRx, TcpTlsTx, TcpUlp, TlsCryptoInfo};
 use rustls::{ConnectionTrafficSecrets, ExtractedSecrets};
@@ -42,8 +43,11 @@ pub(crate) fn take_over(socket: &TcpStream, secrets: &ExtractedSecrets) -> Resul
     let (Some(tx), Some(rx)) = (info(&secrets.tx), info(&secrets.rx)) else { return Ok(None) };
     let name: &[u8] = b"tls";
     // Until a direction has its keys, the socket behaves as before; so a refusal of the first costs nothing.
-    if setsockopt(socket, TcpUlp::default(), &name).is_err() || setsockopt(socket, TcpTlsRx, &rx).is_err() {
-        REFUSED.store(true, Ordering::Relaxed);
+    let taken = setsockopt(socket, TcpUlp::default(), &name).and_then(|()| setsockopt(socket, TcpTlsRx, &rx));
+    if let Err(e) = taken {
+        // Some refusals are this connection's: the other side closed it already, or memory is short.
+        let for_ever = !matches!(e, Errno::ENOTCONN | Errno::ENOMEM | Errno::ENOBUFS);
+        REFUSED.fetch_or(for_ever, Ordering::Relaxed);
         return Ok(None);
     }
     if let Err(e) = setsockopt(socket, TcpTlsTx, &tx) {
