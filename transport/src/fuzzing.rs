@@ -12,6 +12,8 @@ use crate::server::{Event, Limits, Sessions};
 use crate::sessions::Claimant;
 use crate::wire::{Body, Class, HEADER, Header, Hello, PREFACE, Preface, Status, VERSION};
 
+pub use crate::identity::fuzzing::fuzz_identity;
+
 const LIMITS: Limits = Limits { requests: 4, bytes: 4 << 20, sessions: 2, rdma: false };
 
 /// What an asking side sends, to an answering side. The first byte says in what pieces it comes.

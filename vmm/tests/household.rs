@@ -121,7 +121,7 @@ fn what_goes_wrong_says_what_to_do() {
 
     let (waiting, _) = invite(&bench, &["laptop", "--expires", "1s"]);
     let (code, said) = end(waiting);
-    assert!(code == Some(1) && said.contains("Nobody joined within 1s"), "{said}");
+    assert!(code == Some(1) && said.contains("Nobody joined within 1 s"), "{said}");
 
     let taken = TcpListener::bind("127.0.0.1:0").expect("a port");
     let address = taken.local_addr().expect("an address").to_string();

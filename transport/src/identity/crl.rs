@@ -1,6 +1,6 @@
 //! The household's certificate revocation list (RFC 5280, 5).
 
-use std::collections::HashSet;
+use std::collections::BTreeSet;
 
 use rustls::pki_types::{CertificateDer, CertificateRevocationListDer};
 use x509_parser::certificate::X509Certificate;
@@ -18,7 +18,7 @@ pub const MAX_CRL: usize = 256 << 10;
 pub struct Crl {
     der: CertificateRevocationListDer<'static>,
     number: u64,
-    revoked: HashSet<Serial>,
+    revoked: BTreeSet<Serial>,
 }
 
 impl Crl {
@@ -64,6 +64,11 @@ impl Crl {
     #[must_use]
     pub fn revokes(&self, serial: &Serial) -> bool {
         self.revoked.contains(serial)
+    }
+
+    /// Every revoked certificate's serial number, in their order.
+    pub fn serials(&self) -> impl Iterator<Item = &Serial> {
+        self.revoked.iter()
     }
 
     /// How many certificates are revoked.

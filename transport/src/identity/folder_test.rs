@@ -200,3 +200,35 @@ fn what_root_makes_belongs_to_whoever_owns_the_folder_around_it() {
     }
     assert_eq!(fs::metadata(folder.join(KEY)).unwrap().mode() & 0o777, 0o600);
 }
+
+#[test]
+fn an_authority_put_back_from_an_old_copy_catches_up_with_what_its_nodes_know() {
+    let house = Household::new();
+    let (folder, own) = (house.path().join("ca"), house.path().join("identity"));
+    let authority = Authority::init(&folder, "home").expect("made");
+    let make = |name: &str, own: &Path| {
+        authority.make_own(&name.parse().unwrap(), Role::Console.into(), own).expect("made");
+        Identity::load(own).expect("whole").serial().clone()
+    };
+    make("desk", &own);
+    let early = make("early", &house.path().join("early"));
+    let copy = fs::read(folder.join("nodes.json")).unwrap();
+    let late = make("late", &house.path().join("late"));
+    let known = authority.revoke("late").expect("known");
+    let agent = Reloading::load(&own).expect("an identity");
+    assert!(agent.take_crl(known.der()).expect("signed").newer);
+
+    fs::write(folder.join("nodes.json"), copy).unwrap();
+    let forked = authority.revoke("early").expect("known");
+    assert_eq!(forked.number(), known.number());
+    assert!(!agent.take_crl(forked.der()).expect("signed").newer, "so it would never learn of it");
+    authority.hand_crl_to(&own).expect("caught up");
+    let merged = authority.crl().expect("a list");
+    assert!(merged.number() > known.number() && merged.revokes(&early) && merged.revokes(&late));
+    assert!(agent.take_crl(merged.der()).expect("signed").newer);
+    assert!(!authority.catch_up(merged.der()).expect("its own"), "once");
+    assert!(!authority.catch_up(known.der()).expect("an older one"));
+    let number = authority.crl().expect("a list").number();
+    authority.hand_crl_to(&own).expect("nothing to do");
+    assert_eq!(authority.crl().expect("a list").number(), number);
+}

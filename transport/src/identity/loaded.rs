@@ -38,7 +38,11 @@ impl Identity {
     /// # Errors
     /// A file is missing, damaged, open to others, or does not belong to the others.
     pub fn load(folder: &Path) -> Result<Arc<Self>, Error> {
-        Self::of(folder::read(folder)?)
+        match Self::of(folder::read(folder)?) {
+            // Another process may be replacing the files: the second look sees them all old or all new.
+            Err(Error::Unrelated { .. }) => Self::of(folder::read(folder)?),
+            other => other,
+        }
     }
 
     /// Checks that `parts` belong together.

@@ -15,6 +15,7 @@ mod error;
 pub mod folder;
 #[cfg(test)]
 mod folder_test;
+pub(crate) mod fuzzing;
 #[cfg(test)]
 mod handshake_test;
 pub mod join;

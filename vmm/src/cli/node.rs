@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::io::{self, IsTerminal, Write};
 use std::net::SocketAddr;
+use std::path::Path;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, SystemTime};
@@ -14,7 +15,7 @@ use serde::Serialize;
 use transport::blocking::Client;
 use transport::identity::authority::{Authority, MAX_TRIES, Node};
 use transport::identity::join::{self, Invitation, Outcome};
-use transport::identity::{Crl, Identity, Reloading, Role, Roles, Security, revocation};
+use transport::identity::{Crl, Identity, MAX_CRL, Reloading, Role, Roles, Security, revocation};
 use transport::wire::{Class, Status};
 
 use super::args::{NodeInvite, NodeList, NodeRevoke};
@@ -72,7 +73,7 @@ fn invite(args: &NodeInvite) -> Result<(), Failure> {
         }
         Outcome::Expired => Err(Failure::failed(format!(
             "Nobody joined within {}; the token is worthless now, invite again",
-            args.expires
+            span(life)
         ))),
         Outcome::Void => Err(Failure::failed(format!(
             "{MAX_TRIES} wrong tokens were tried, so this one is withdrawn: a PC on this network is guessing; \
@@ -86,7 +87,7 @@ fn invite(args: &NodeInvite) -> Result<(), Failure> {
 /// Says what to do with the token. The token alone is on standard output, for programs.
 fn tell(args: &NodeInvite, roles: Roles, token: &join::Token) -> Result<(), Failure> {
     let command = if roles.has(Role::Agent) { "sudo omega-agent join" } else { "omega join" };
-    eprintln!("On the PC that becomes `{}` ({roles}), within {}:\n", args.name, args.expires);
+    eprintln!("On the PC that becomes `{}` ({roles}), within {}:\n", args.name, span(args.expires.0));
     let mut out = io::stdout();
     if out.is_terminal() {
         eprint!("  {command} ");
@@ -175,42 +176,61 @@ fn table(all: &[Listed], now: u64) -> String {
 
 fn revoke(args: &NodeRevoke) -> Result<(), Failure> {
     let authority = Authority::open(&args.identity.authority()?)?;
-    let crl = authority.revoke(&args.name)?;
-    let mut said = format!(
-        "Revoked: nobody who knows the list with number {} speaks with `{}` any more.\n",
-        crl.number(),
-        args.name
-    );
+    authority.revoke(&args.name)?;
     // This PC's own guests watch this folder.
-    let identity = args.identity.path()?;
-    authority.hand_crl_to(&identity)?;
-    let identity = Identity::load(&identity)?;
+    let folder = args.identity.path()?;
+    authority.hand_crl_to(&folder)?;
+    let agents = agents(&authority.nodes()?, &args.tell);
+    let mut told = tell_all(&agents, &folder, args.timeout.0)?;
+    // Agents that know more than the authority: its folder is an old copy. They get a list that is newer still.
+    let mut behind = false;
+    for list in told.iter().filter_map(|told| told.as_ref().ok()?.as_ref()) {
+        behind |= authority.catch_up(list)?;
+    }
+    if behind {
+        authority.hand_crl_to(&folder)?;
+        told = tell_all(&agents, &folder, args.timeout.0)?;
+    }
+    let identity = Identity::load(&folder)?;
+    let (name, number) = (&args.name, identity.crl().number());
+    let mut said =
+        format!("Revoked: nobody who knows the list with number {number} speaks with `{name}` any more.\n");
     if identity.crl().revokes(identity.serial()) {
         said +=
             "That was this PC's own identity: `omega node invite` and `omega join` here make a new one.\n";
     }
-    let security = Security::Tls(Reloading::in_memory(Arc::clone(&identity)));
-    let agents = agents(&authority.nodes()?, &args.tell);
-    let told: Vec<_> = thread::scope(|scope| {
-        let tell = |address| {
-            let (security, crl) = (&security, &crl);
-            scope.spawn(move || push(address, security, crl, args.timeout.0))
-        };
-        let all: Vec<_> = agents.iter().map(|(address, name)| (address, name, tell(*address))).collect();
-        all.into_iter().map(|(address, name, told)| (address, name, told.join())).collect()
-    });
-    for (address, name, told) in told {
+    for ((address, name), told) in agents.iter().zip(told) {
         let who = name.as_ref().map_or_else(|| address.to_string(), |name| format!("{name} ({address})"));
         let what = match told {
-            Ok(Ok(())) => "knows it".to_owned(),
-            Ok(Err(why)) => {
-                format!("was not told: {why}; it learns it from the next console that connects")
-            }
-            Err(_) => "was not told".to_owned(),
+            Ok(None) => "knows it".to_owned(),
+            Ok(Some(_)) => "keeps another list; try again".to_owned(),
+            Err(why) => format!("was not told: {why}; it learns it from the next console that connects"),
         };
+        // Writing to a text cannot fail.
         let _ = writeln!(said, "{who} {what}");
     }
     show(&said)
+}
+
+/// What an agent said when it was told: nothing, if it has the same list now, or the one that it keeps instead.
+type Told = Result<Option<Vec<u8>>, String>;
+
+/// Brings the list in the identity's `folder` to all `agents` at once.
+fn tell_all(
+    agents: &[(SocketAddr, Option<String>)],
+    folder: &Path,
+    timeout: Duration,
+) -> Result<Vec<Told>, Failure> {
+    let identity = Identity::load(folder)?;
+    let security = Security::Tls(Reloading::in_memory(Arc::clone(&identity)));
+    let (security, crl) = (&security, identity.crl());
+    Ok(thread::scope(|scope| {
+        let all: Vec<_> = agents
+            .iter()
+            .map(|(address, _)| scope.spawn(move || push(*address, security, crl, timeout)))
+            .collect();
+        all.into_iter().map(|told| told.join().unwrap_or_else(|_| Err("a fault here".to_owned()))).collect()
+    }))
 }
 
 /// Every agent whose address is known, with its name; and those that were named besides.
@@ -228,19 +248,29 @@ fn agents(nodes: &[Node], more: &[SocketAddr]) -> Vec<(SocketAddr, Option<String
 }
 
 /// Brings `crl` to the agent at `address`.
-fn push(address: SocketAddr, security: &Security, crl: &Crl, timeout: Duration) -> Result<(), String> {
+fn push(address: SocketAddr, security: &Security, crl: &Crl, timeout: Duration) -> Told {
     let failed = |why: transport::blocking::Error| why.to_string();
     let mut client =
         Client::new(&address.to_string(), "omega node revoke", security, None).map_err(failed)?;
     let der = crl.der().to_vec();
-    let reply = client.call(Class::Control, revocation::OPCODE, &[], der, 0, timeout).map_err(failed)?;
+    let reply =
+        client.call(Class::Control, revocation::OPCODE, &[], der, MAX_CRL, timeout).map_err(failed)?;
     if reply.status != Status::OK {
         return Err(format!("it refused, status {}", reply.status.0));
     }
     match revocation::number(&reply.body) {
-        Some(number) if number >= crl.number() => Ok(()),
+        Some(number) if number >= crl.number() => Ok((!reply.payload.is_empty()).then_some(reply.payload)),
         Some(number) => Err(format!("it kept list {number}")),
         None => Err("its answer makes no sense".to_owned()),
+    }
+}
+
+/// A time as people say it.
+fn span(time: Duration) -> String {
+    match time.as_secs() {
+        seconds if seconds % 3600 == 0 => format!("{} h", seconds / 3600),
+        seconds if seconds % 60 == 0 => format!("{} min", seconds / 60),
+        seconds => format!("{seconds} s"),
     }
 }
 

@@ -6,6 +6,7 @@
 mod registry;
 mod signing;
 
+use std::collections::BTreeSet;
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -19,7 +20,7 @@ use rustls::pki_types::{
 
 use super::folder::{self, Parts};
 use super::join::token::Secret;
-use super::{Crl, Error, Fingerprint, Identity, NodeName, Peer, Roles};
+use super::{Crl, Error, Fingerprint, Identity, NodeName, Peer, Roles, Serial};
 
 use registry::{Invitation, Registry, State};
 
@@ -156,13 +157,15 @@ impl Authority {
     /// # Errors
     /// There is no identity of this household, or a file cannot be written.
     pub fn hand_crl_to(&self, identity: &Path) -> Result<(), Error> {
-        let crl = self.crl()?;
-        let held = Identity::load(identity)?;
+        let (crl, held) = (self.crl()?, Identity::load(identity)?);
         if held.authority() != self.fingerprint() {
             let what = format!("The identity in {}", identity.display());
             return Err(Error::Unrelated { what, whose: "this household's authority" });
         }
-        if held.crl().number() < crl.number() { folder::write_crl(identity, crl.der()) } else { Ok(()) }
+        if held.crl().number() >= crl.number() && !self.catch_up(held.crl().der())? {
+            return Ok(());
+        }
+        folder::write_crl(identity, self.crl()?.der())
     }
 
     /// Revokes every certificate of the node `name` and returns the new CRL.
@@ -184,6 +187,28 @@ impl Authority {
         registry.crl = registry.crl.saturating_add(1);
         self.store(&registry)?;
         self.current_crl(&registry)
+    }
+
+    /// Learns from a list that this authority itself once signed and no longer knows, because its folder was put
+    /// back from an older copy: nodes would keep that one, whose number is as high, instead of a new one. `true`:
+    /// there is a still newer one now that names what both do.
+    ///
+    /// # Errors
+    /// It is not this authority's, or the registry cannot be written.
+    pub fn catch_up(&self, list: &[u8]) -> Result<bool, Error> {
+        let found = Crl::verify(list, self.signer.certificate())?;
+        let _lock = self.lock()?;
+        let mut registry = self.registry()?;
+        let known = self.current_crl(&registry)?;
+        let same = found.number() == known.number() && found.serials().eq(known.serials());
+        if found.number() < known.number() || same {
+            return Ok(false);
+        }
+        let now = registry::seconds(SystemTime::now());
+        found.serials().for_each(|serial| registry.revoke(serial, now));
+        registry.crl = found.number().saturating_add(1);
+        self.store(&registry)?;
+        self.current_crl(&registry).map(|_| true)
     }
 
     /// Invites somebody to become the node `name`. Only the secret's hash is stored.
@@ -303,12 +328,15 @@ impl Authority {
         let stored = folder::content(&path, 0o022, 0o644)
             .and_then(|bytes| folder::decode::<CertificateRevocationListDer<'_>>(&path, &bytes))
             .and_then(|der| Crl::verify(&der, self.signer.certificate()));
+        let revoked = registry.revoked()?;
+        let named: BTreeSet<&Serial> = revoked.iter().map(|revoked| &revoked.serial).collect();
         if let Ok(crl) = stored
             && crl.number() == registry.crl
+            && crl.serials().eq(named)
         {
             return Ok(crl);
         }
-        let der = self.signer.crl(registry.crl, &registry.revoked()?)?;
+        let der = self.signer.crl(registry.crl, &revoked)?;
         folder::write_crl(&self.folder, &der)?;
         Crl::verify(&der, self.signer.certificate())
     }

@@ -25,6 +25,17 @@ pub(super) struct Registry {
     pub(super) nodes: Vec<Node>,
     #[serde(default)]
     pub(super) invitations: Vec<Invitation>,
+    /// Serial numbers of certificates that are revoked, though this registry does not know them: it was put
+    /// back from a copy that is older than they are.
+    #[serde(default)]
+    pub(super) lost: Vec<Lost>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Lost {
+    serial: String,
+    revoked: u64,
 }
 
 /// A certificate that the authority made for a node. Times are seconds since 1970.
@@ -119,15 +130,25 @@ impl Registry {
     }
 
     pub(super) fn revoked(&self) -> Result<Vec<Revoked>, Error> {
-        let revoked = self.nodes.iter().filter_map(|node| Some((node, node.revoked?)));
-        revoked
-            .map(|(node, at)| {
-                let wrong = || Error::malformed("nodes.json", &format!("the serial number of {}", node.name));
-                let serial = unhex(&node.serial).and_then(|bytes| Serial::of(&bytes)).ok_or_else(wrong)?;
-                let at = SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(at)).ok_or_else(wrong)?;
-                Ok(Revoked { serial, at })
-            })
-            .collect()
+        let known = self.nodes.iter().filter_map(|node| Some((&node.serial, node.revoked?)));
+        let all = known.chain(self.lost.iter().map(|lost| (&lost.serial, lost.revoked)));
+        all.map(|(serial, at)| {
+            let wrong = || Error::malformed("nodes.json", &format!("the serial number {serial}"));
+            let serial = unhex(serial).and_then(|bytes| Serial::of(&bytes)).ok_or_else(wrong)?;
+            let at = SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(at)).ok_or_else(wrong)?;
+            Ok(Revoked { serial, at })
+        })
+        .collect()
+    }
+
+    /// Revokes the certificate with this serial number, whether it is known or not.
+    pub(super) fn revoke(&mut self, serial: &Serial, now: u64) {
+        let serial = serial.to_string();
+        match self.nodes.iter_mut().find(|node| node.serial == serial) {
+            Some(node) => _ = node.revoked.get_or_insert(now),
+            None if self.lost.iter().any(|lost| lost.serial == serial) => {}
+            None => self.lost.push(Lost { serial, revoked: now }),
+        }
     }
 }
 
