@@ -22,6 +22,8 @@ pub const LIMIT: Duration = Duration::from_secs(60);
 pub struct Agent {
     pub folder: tempfile::TempDir,
     pub address: String,
+    /// Whether single requests are logged.
+    pub traces: bool,
     child: Option<Child>,
     log: Arc<Mutex<String>>,
 }
@@ -29,10 +31,15 @@ pub struct Agent {
 impl Agent {
     /// Starts an agent with the volumes of `volumes`, in TOML, where `DIR` is the agent's folder.
     pub fn start(volumes: &str) -> Self {
+        Self::start_logging(volumes, false)
+    }
+
+    /// The same, and single requests are logged if `traces` says so.
+    pub fn start_logging(volumes: &str, traces: bool) -> Self {
         let port = TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a free port").port();
         let folder = tempfile::tempdir().expect("a folder");
-        let mut agent =
-            Self { folder, address: format!("127.0.0.1:{port}"), child: None, log: Arc::default() };
+        let address = format!("127.0.0.1:{port}");
+        let mut agent = Self { folder, address, traces, child: None, log: Arc::default() };
         agent.configure(volumes);
         agent.run();
         agent
@@ -60,6 +67,7 @@ impl Agent {
     /// Starts the process and waits until it listens.
     pub fn run(&mut self) {
         let mut child = Command::new(env!("CARGO_BIN_EXE_omega-agent"))
+            .args(self.traces.then_some("--log=info,transport::request=trace"))
             .args(["--config".as_ref(), self.config().as_os_str()])
             .stderr(Stdio::piped())
             .spawn()
