@@ -5,6 +5,12 @@ DESTDIR ?=
 PREFIX ?= /usr
 bin := target/release
 
+# RDMA is built in where libibverbs is; `omega check` says when it is not. `make RDMA=` leaves it out.
+RDMA ?= $(shell pkg-config --exists libibverbs librdmacm 2>/dev/null && echo yes)
+# Asked for again in every recipe, since `setup` may just have installed it.
+rdma = $(if $(RDMA),--features omega-vmm/rdma$(comma)omega-agent/rdma)
+comma := ,
+
 .PHONY: all setup build images demo test bench lint fmt fuzz install deb clean
 
 all: build
@@ -14,7 +20,7 @@ setup:
 	packaging/setup
 
 build:
-	$(CARGO) build --release --locked -p omega-vmm -p omega-agent -p omega-lab
+	$(CARGO) build --release --locked -p omega-vmm -p omega-agent -p omega-lab $(rdma)
 
 ## Guest and lab images, cached by the content of their recipes.
 images: setup

@@ -18,6 +18,28 @@ pub struct Buffer {
     len: usize,
     owner: Option<Arc<dyn Any + Send + Sync>>,
     registered: Option<u16>,
+    region: Option<Arc<Region>>,
+}
+
+/// Memory that stays where it is for long, so that it pays to register it with a device.
+pub(crate) struct Region {
+    base: usize,
+    len: usize,
+    /// Keeps it mapped.
+    _owner: Option<Arc<dyn Any + Send + Sync>>,
+}
+
+#[cfg_attr(not(feature = "rdma"), allow(dead_code))]
+impl Region {
+    /// Where it begins.
+    pub(crate) fn base(&self) -> usize {
+        self.base
+    }
+
+    /// Its length in bytes.
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
 }
 
 // SAFETY: the pointers stay valid wherever `owner` goes, and access through them is by copy only.
@@ -41,12 +63,41 @@ impl Buffer {
         let bytes = HeapPages(Box::into_raw(pages));
         let iovec = libc::iovec { iov_base: bytes.0.cast(), iov_len: len };
         let iovecs = SmallVec::from_slice(&[iovec]);
-        Self { iovecs, len, owner: Some(Arc::new(bytes)), registered: None }
+        Self { iovecs, len, owner: Some(Arc::new(bytes)), registered: None, region: None }
     }
 
     /// The same memory, with `guard` dropped when the last buffer that shares it goes.
     pub(crate) fn guarded<T: Any + Send + Sync>(self, guard: T) -> Self {
         Self { owner: Some(Arc::new((guard, self.owner))), ..self }
+    }
+
+    /// All of this buffer's memory, as a region; `None` if it is not one segment.
+    pub(crate) fn to_region(&self) -> Option<Arc<Region>> {
+        let [whole] = self.iovecs() else { return None };
+        Some(Arc::new(Region {
+            base: whole.iov_base as usize,
+            len: whole.iov_len,
+            _owner: self.owner.clone(),
+        }))
+    }
+
+    /// The same memory, known as a part of `region`.
+    pub(crate) fn within(self, region: Arc<Region>) -> Self {
+        debug_assert!(
+            self.iovecs.iter().all(|v| {
+                let from = (v.iov_base as usize).checked_sub(region.base);
+                from.is_some_and(|from| from + v.iov_len <= region.len)
+            }),
+            "the buffer lies in its region"
+        );
+        Self { region: Some(region), ..self }
+    }
+
+    /// The region that the memory is a part of, if it is known, and where in this process it begins: then it
+    /// is one segment.
+    pub(crate) fn region(&self) -> Option<(&Arc<Region>, u64)> {
+        let [whole] = self.iovecs() else { return None };
+        self.region.as_ref().map(|region| (region, whole.iov_base as u64))
     }
 
     /// The same memory, known as registered under `index`.
@@ -61,7 +112,13 @@ impl Buffer {
         let iovec = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
         let len = bytes.len();
         let iovecs = SmallVec::from_slice(&[iovec]);
-        Self { iovecs, len, owner: Some(Arc::new(HeapBytes(Box::into_raw(bytes)))), registered: None }
+        Self {
+            iovecs,
+            len,
+            owner: Some(Arc::new(HeapBytes(Box::into_raw(bytes)))),
+            registered: None,
+            region: None,
+        }
     }
 
     /// Names memory that `owner` keeps alive.
@@ -72,7 +129,7 @@ impl Buffer {
     pub unsafe fn from_iovecs(owner: Arc<dyn Any + Send + Sync>, iovecs: &[libc::iovec]) -> Self {
         let iovecs: SmallVec<[libc::iovec; 4]> = iovecs.iter().copied().filter(|v| v.iov_len > 0).collect();
         let len = iovecs.iter().map(|v| v.iov_len).sum();
-        Self { iovecs, len, owner: Some(owner), registered: None }
+        Self { iovecs, len, owner: Some(owner), registered: None, region: None }
     }
 
     /// Length in bytes over all segments.
@@ -122,7 +179,8 @@ impl Buffer {
             left -= take;
             skip = 0;
         }
-        Some(Self { iovecs, len, owner: self.owner.clone(), registered: self.registered })
+        let (owner, region) = (self.owner.clone(), self.region.clone());
+        Some(Self { iovecs, len, owner, registered: self.registered, region })
     }
 
     /// Copies `from` into the buffer at `offset`; returns how many bytes fitted.
@@ -135,6 +193,43 @@ impl Buffer {
             // SAFETY: the segment is mapped while `owner` lives, and `from` has at least `part.len` bytes.
             unsafe { std::ptr::copy_nonoverlapping(from.as_ptr().add(done), v.iov_base.cast(), v.iov_len) };
             done += v.iov_len;
+        }
+        done
+    }
+
+    /// Copies the first `len` bytes of `from`, as far as both have them; returns how many.
+    pub(crate) fn copy_from(&self, from: &Self, len: usize) -> usize {
+        let mut done = 0;
+        for v in from.iovecs() {
+            let now = v.iov_len.min(len - done);
+            // SAFETY: the segment is mapped while `from` lives; the copy goes through a raw pointer in chunks
+            // that nobody else borrows.
+            done += unsafe { self.write_raw(done, v.iov_base.cast(), now) };
+        }
+        done
+    }
+
+    /// Copies `len` bytes at `from` into the buffer at `offset`; returns how many fitted.
+    ///
+    /// # Safety
+    /// `from` must be readable for `len` bytes.
+    unsafe fn write_raw(&self, offset: usize, from: *const u8, len: usize) -> usize {
+        let len = len.min(self.len.saturating_sub(offset));
+        let (mut skip, mut done) = (offset, 0);
+        for v in &self.iovecs {
+            if done == len {
+                break;
+            }
+            if skip >= v.iov_len {
+                skip -= v.iov_len;
+                continue;
+            }
+            let now = (len - done).min(v.iov_len - skip);
+            let to = v.iov_base.cast::<u8>().wrapping_add(skip);
+            // SAFETY: the segment is mapped while `owner` lives; guests may make ranges overlap.
+            unsafe { std::ptr::copy(from.wrapping_add(done), to, now) };
+            done += now;
+            skip = 0;
         }
         done
     }

@@ -13,6 +13,8 @@ use crate::core::asker::{Asker, Identity};
 use crate::identity::{Peer, Security};
 use crate::link::Link;
 use crate::link::connect::{self, Resolver};
+pub use crate::link::rdma::BUILT as RDMA_BUILT;
+use crate::link::rdma::{self, Attempts, Side, Upgradable};
 use crate::link::tcp::TcpLink;
 use crate::link::tls::RECORDS;
 use crate::link::tls::handshake::Handshake;
@@ -163,6 +165,10 @@ pub struct Channel {
     records: u64,
     /// When the peer's certificate is looked up again.
     look_up_at: Instant,
+    /// When RDMA may be tried again.
+    attempts: Attempts,
+    /// Why RDMA could not be had, as was said last.
+    missed: String,
 }
 
 /// How far the connection is.
@@ -196,6 +202,7 @@ impl Names {
     /// # Errors
     /// There is no thread or descriptor to be had.
     pub fn of(address: &str) -> io::Result<Self> {
+        rdma::opener::start()?;
         Resolver::new(address).map(Self)
     }
 }
@@ -231,6 +238,8 @@ impl Channel {
             fault: None,
             records: RECORDS,
             look_up_at: now,
+            attempts: Attempts::new(now),
+            missed: String::new(),
         }
     }
 
@@ -312,6 +321,7 @@ impl Channel {
             link.arm(ring);
             wants = link.due();
         }
+        self.notice(events);
         if self.fault.is_some() {
             return Some(now);
         }
@@ -431,13 +441,14 @@ impl Channel {
             ring.cancel(self.source.token(self.generation << 1 | 1));
             Err(io::ErrorKind::TimedOut.into())
         };
+        let local = socket.local_addr();
         let link = result.and_then(|()| self.link(socket));
         match link {
             Ok(mut link) => {
                 self.core.connected(now);
                 self.doubtful = false;
                 self.fault = link.send(&mut self.core).err();
-                self.state = State::Linked(Box::new(link));
+                self.state = State::Linked(self.upgradable(Box::new(link), local));
             }
             Err(_) if !rest.is_empty() => self.dial(ring, now, rest, events),
             Err(e) => self.fail(ring, now, &e.to_string(), events),
@@ -455,6 +466,30 @@ impl Channel {
         let mut link = TcpLink::new(Arc::new(socket), self.source, self.generation, handshake)?;
         link.wears_out(self.records, true);
         Ok(link)
+    }
+
+    /// Lets a connection move to RDMA, where the configuration does.
+    fn upgradable(&self, link: Box<dyn Link>, local: io::Result<SocketAddr>) -> Box<dyn Link> {
+        match local {
+            Ok(local) if self.config.transport != Transport::Tcp => {
+                let side = Side::Asking(self.attempts.clone());
+                Box::new(Upgradable::new(link, side, local.ip(), self.source, self.generation))
+            }
+            _ => link,
+        }
+    }
+
+    /// Says what carries the connection, when that changed; and once for each reason why it is not RDMA, if
+    /// RDMA is what was asked for.
+    fn notice(&mut self, events: &mut Vec<Event>) {
+        let State::Linked(link) = &mut self.state else { return };
+        while let Some((carrier, why)) = link.take_notice() {
+            let news = self.missed != why;
+            self.missed.clone_from(&why);
+            if carrier == Carrier::Rdma || self.config.transport == Transport::Rdma && news {
+                events.push(Event::Carrier { carrier, why });
+            }
+        }
     }
 
     /// An attempt failed.

@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::buffer::Buffer;
+use crate::buffer::{Buffer, Region};
 use crate::ring::Ring;
 use crate::wire::MAX_PAYLOAD;
 
@@ -15,6 +15,7 @@ const SIZES: usize = (MAX_PAYLOAD / SMALLEST).ilog2() as usize + 1;
 /// One megabyte, carved into buffers of one size.
 struct Chunk {
     memory: Buffer,
+    region: Option<Arc<Region>>,
     size: usize,
     registered: Option<u16>,
     used: usize,
@@ -73,7 +74,8 @@ impl Pool {
         self.pooled(len).unwrap_or_else(|| Buffer::zeroed(len))
     }
 
-    fn pooled(&self, len: usize) -> Option<Buffer> {
+    /// A buffer of `len` bytes from the pool's own memory; `None` if that is all in use.
+    pub(crate) fn pooled(&self, len: usize) -> Option<Buffer> {
         if len > MAX_PAYLOAD {
             return None;
         }
@@ -86,6 +88,10 @@ impl Pool {
         let chunk = state.chunks.get_mut(slot.chunk)?;
         chunk.used += 1;
         let buffer = chunk.memory.slice(slot.offset, len)?.registered_as(chunk.registered);
+        let buffer = match &chunk.region {
+            Some(region) => buffer.within(region.clone()),
+            None => buffer,
+        };
         Some(buffer.guarded(Guard { state: self.state.clone(), size, slot }))
     }
 
@@ -114,7 +120,8 @@ impl State {
     fn carve(&mut self, size: usize, most: usize) -> Option<()> {
         let at = if self.chunks.len() < most {
             let memory = Buffer::zeroed(MAX_PAYLOAD);
-            self.chunks.push(Chunk { memory, size, registered: None, used: 0 });
+            let region = memory.to_region();
+            self.chunks.push(Chunk { memory, region, size, registered: None, used: 0 });
             self.chunks.len() - 1
         } else {
             let at = self.chunks.iter().position(|chunk| chunk.used == 0)?;

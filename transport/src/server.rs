@@ -13,6 +13,7 @@ use crate::core::answerer::Answerer;
 use crate::identity::{Peer, Security};
 use crate::link::Link;
 use crate::link::connect::eventfd;
+use crate::link::rdma::{self, Side, Upgradable};
 use crate::link::tcp::TcpLink;
 use crate::link::tls::RECORDS;
 use crate::link::tls::handshake::Handshake;
@@ -155,9 +156,16 @@ impl Connection {
                 let _ = rings.as_ref().map(|bell| bell.write(1));
             }),
         };
+        // Without an address, or a thread, it is refused as on a PC without a device.
+        let local = socket.local_addr().map_or(std::net::Ipv4Addr::UNSPECIFIED.into(), |local| local.ip());
+        let allowed = sessions.limits.rdma;
+        let _ = rdma::opener::start();
         let core = Answerer::new(sessions, claimant, Instant::now());
         let mut fault = None;
-        let link = link(socket, source, security).map_err(|e| fault = Some(e)).ok();
+        let link = link(socket, source, security).map_err(|e| fault = Some(e)).ok().map(|link| {
+            let side = Side::Answering { allowed };
+            Box::new(Upgradable::new(link, side, local, source, 0)) as Box<dyn Link>
+        });
         let bell = bell.map_err(|e| fault = Some(e.into())).ok();
         Self {
             core,
@@ -233,6 +241,11 @@ impl Connection {
         }
         self.core.pool.register(ring);
         self.arm(ring);
+        if let Some(link) = &mut self.link {
+            while let Some((carrier, _)) = link.take_notice() {
+                events.push(Event::Carrier(carrier));
+            }
+        }
         self.core.take_events(events);
         self.link.as_ref()?;
         [due, stuck, self.closes_at, wants].into_iter().flatten().min()

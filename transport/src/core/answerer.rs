@@ -382,7 +382,8 @@ impl Answerer {
         if due <= now { Err(fault) } else { Ok(Some(due)) }
     }
 
-    fn request(&mut self, header: &Header, body: &[u8]) -> Result<Place, Fault> {
+    /// A request came, with its payload if that is here already.
+    fn request(&mut self, header: &Header, body: &[u8], payload: Option<Buffer>) -> Result<Place, Fault> {
         self.records.confirm(header.acked);
         if self.phase == Phase::Stopping {
             return Ok(Place::Discard);
@@ -415,7 +416,7 @@ impl Answerer {
                 return Err(Fault::OverCredit);
             }
         }
-        let payload = self.pool.take(header.payload_len as usize);
+        let payload = payload.unwrap_or_else(|| self.pool.take(header.payload_len as usize));
         let place = match payload.slice(0, payload.len()) {
             Some(part) if !part.is_empty() => Place::Buffer(part),
             _ => Place::Discard,
@@ -478,7 +479,7 @@ impl Peer for Answerer {
             recorder.received_frame(header.frame_len());
         }
         match header.kind {
-            Kind::Request => return self.request(header, body),
+            Kind::Request => return self.request(header, body, None),
             Kind::Cancel => {
                 self.records.confirm(header.acked);
                 let request = self.in_flight.get_mut(&header.id);
@@ -502,6 +503,19 @@ impl Peer for Answerer {
             }
         }
         Ok(Place::Discard)
+    }
+
+    fn room(&mut self, len: usize) -> Option<Buffer> {
+        self.pool.pooled(len)
+    }
+
+    fn fetched(&mut self, header: &Header, body: &[u8], payload: Buffer) -> Result<(), Fault> {
+        if !matches!(self.phase, Phase::Open | Phase::Stopping) {
+            return Err(Fault::Protocol("a frame before the hello was answered"));
+        }
+        self.request(header, body, Some(payload))?;
+        self.end();
+        Ok(())
     }
 
     fn end(&mut self) {

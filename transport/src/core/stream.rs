@@ -69,6 +69,16 @@ pub(crate) trait Peer {
     fn next(&mut self) -> Option<Outgoing>;
     /// The last byte of the frame was handed to the network.
     fn sent(&mut self, frame: &Outgoing);
+
+    /// A buffer for a request's payload that the link fetches by itself; `None`: not now.
+    fn room(&mut self, _len: usize) -> Option<Buffer> {
+        None
+    }
+
+    /// A request whose payload the link fetched is complete. Stands for `begin` and `end`.
+    fn fetched(&mut self, _header: &Header, _body: &[u8], _payload: Buffer) -> Result<(), Fault> {
+        Err(Fault::Protocol("a payload to be fetched where nothing is asked"))
+    }
 }
 
 /// Takes frames apart as bytes come in.

@@ -3,6 +3,7 @@
 //! [`Connection`](crate::server::Connection) see only this trait.
 
 pub(crate) mod connect;
+pub(crate) mod rdma;
 pub(crate) mod tcp;
 pub(crate) mod tls;
 
@@ -48,6 +49,11 @@ pub(crate) trait Link: Send {
 
     /// What carries the frames.
     fn carrier(&self) -> Carrier;
+
+    /// Something else carries the connection since this was last asked, or why RDMA does not.
+    fn take_notice(&mut self) -> Option<(Carrier, String)> {
+        None
+    }
 
     /// Nothing more will be sent; the other side sees the end of the stream after all that was.
     fn finish(&mut self);

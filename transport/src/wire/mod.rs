@@ -4,7 +4,6 @@ mod frame;
 #[cfg(test)]
 mod golden_test;
 mod hello;
-#[allow(dead_code)]
 pub(crate) mod rdma;
 
 pub(crate) use frame::{Flags, HEADER, Header, Kind};

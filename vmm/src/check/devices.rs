@@ -45,9 +45,16 @@ pub(super) fn rdma() -> Line {
             format!("{device} ({})", if active { "active" } else { "no link" })
         })
         .collect();
+    if !transport::channel::RDMA_BUILT {
+        return Line::missing(name, "this build has none")
+            .why("connections to agents run over TCP; RDMA is faster")
+            .mend(
+                "install libibverbs-dev, librdmacm-dev and libclang-dev (packaging/setup), then make build",
+            );
+    }
     if devices.is_empty() {
         return Line::missing(name, "no device")
-            .why("connections to agents run over TCP; RDMA (not in this version) is faster")
+            .why("connections to agents run over TCP; RDMA is faster")
             .mend("install an RDMA card; for tests: sudo modprobe rdma_rxe && sudo rdma link add rxe0 type rxe netdev eth0");
     }
     Line::ok(name, devices.join(", "))

@@ -126,9 +126,14 @@ const URING: &[Call] = &[
     any(SYS_ppoll),
 ];
 
+/// The one `ioctl` of libibverbs: it registers staging memory and takes queue pairs down. Devices are opened,
+/// and queue pairs made and connected, by another thread; messages go through mapped memory and `write`.
+const VERBS_IOCTL: Call = equal(SYS_ioctl, 1, 0xc018_1b01_u32 as i32);
+
 /// The disk's file, or its agent.
 const DISK: &[Call] = &[
     BLOCK_IOCTLS,
+    VERBS_IOCTL,
     any(SYS_fallocate),
     any(SYS_fdatasync),
     any(SYS_fsync),
