@@ -8,6 +8,7 @@ mod disk;
 mod lab_itself;
 mod mistakes;
 mod native;
+mod rdma;
 mod storm;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -18,7 +19,7 @@ type Test = fn() -> anyhow::Result<()>;
 
 /// Names begin with what a test needs: `native` ones need no lab PC.
 const ALL: &[&[(&str, Test)]] =
-    &[native::TESTS, lab_itself::TESTS, boot::TESTS, mistakes::TESTS, disk::TESTS, storm::TESTS];
+    &[native::TESTS, lab_itself::TESTS, boot::TESTS, mistakes::TESTS, disk::TESTS, rdma::TESTS, storm::TESTS];
 
 /// Takes what `cargo test` passes on: words that names have to contain, `--exact`, `--skip WORD`, `--list`. The
 /// outcome of each test is a line of its own, as `make test` counts it.

@@ -101,6 +101,18 @@ fn each_mistake_names_file_line_column_key_and_mend() {
             ],
         ),
         (
+            "[[disk]]\nremote = { agent = 'pc2', volume = 'v', transport = 'rdma', require_encryption = true }\n",
+            &[
+                "guest.toml:5:41: key `disk[0].remote.transport`: RDMA does not encrypt what it carries; leave out `require_encryption`, or this",
+            ],
+        ),
+        (
+            "[[disk]]\nremote = { agent = 'pc2', volume = 'v', insecure = true, require_encryption = true }\n",
+            &[
+                "guest.toml:5:58: key `disk[0].remote.require_encryption`: plain TCP is not encrypted; leave out `insecure`, or this",
+            ],
+        ),
+        (
             "[[disk]]\nremote = { agent = 'pc2:99999' }\n",
             &["guest.toml:5:1: key `disk[0].remote.volume`: is missing"],
         ),
@@ -181,7 +193,8 @@ fn a_full_configuration_is_read_and_its_paths_are_beside_it() {
         cmdline = 'root=/dev/vda'\n[cpu]\ncount = 4\n[memory]\nsize = '1G'\n\
         numa = [{ size = '512M', cpus = [0, 1] }, { size = '512M', cpus = [2, 3] }]\n\
         [[disk]]\npath = 'a.raw'\ndirect = true\n[[disk]]\n\
-        remote = { agent = '[fe80::1]:7420', volume = 'root', patience = '5m', on_timeout = 'error' }\n\
+        remote = { agent = '[fe80::1]:7420', volume = 'root', patience = '5m', on_timeout = 'error',\
+        transport = 'rdma' }\n\
         [[net]]\ntap = 'tap0'\nmac = '52:54:00:12:34:56'\nqueues = 2\n[console]\n[rng]\nenabled = false\n\
         [balloon]\nsize = '256M'\nfree_page_reporting = true\n[on]\nreboot = 'exit'\npanic = 'restart'\n";
     let guest = Guest::parse(Path::new("/g/guest.toml"), text).expect("the configuration is right");

@@ -199,6 +199,12 @@ pub struct RemoteDisk {
     /// Speak plain TCP, neither encrypted nor authenticated, with an agent that has no identity.
     #[serde(default)]
     pub insecure: bool,
+    /// What may carry the connection. RDMA does not encrypt what it carries.
+    #[serde(default)]
+    pub transport: Transport,
+    /// Nothing of this disk may cross the network unencrypted: no RDMA, no plain TCP.
+    #[serde(default)]
+    pub require_encryption: bool,
     /// How long the guest's requests wait for an agent that cannot be reached; for ever by default.
     #[serde(default)]
     pub patience: Option<Span>,
@@ -232,6 +238,19 @@ impl RemoteDisk {
         let named = || NodeName::of_host(host).filter(|_| is_name).map(|name| name.to_string());
         self.node.clone().or_else(named)
     }
+}
+
+/// What may carry the connection to an agent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Transport {
+    /// RDMA where both PCs have it, else TCP.
+    #[default]
+    Auto,
+    /// RDMA; TCP stands in while it cannot be had, and the log says why.
+    Rdma,
+    /// TCP.
+    Tcp,
 }
 
 /// What a guest's request meets when the agent was away for longer than its patience.

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use transport::identity::NodeName;
 
 use super::toml_file::{Checker, KeyPath, beside};
-use super::{Disk, Guest, Memory, Net, RemoteDisk, Serial};
+use super::{Disk, Guest, Memory, Net, RemoteDisk, Serial, Transport};
 
 /// The longest kernel command line: x86's `COMMAND_LINE_SIZE` with its final NUL.
 pub const LONGEST_CMDLINE: usize = 2047;
@@ -218,6 +218,16 @@ fn remote_disk(remote: &RemoteDisk, key: &KeyPath, checker: &mut Checker<'_>) {
             checker.wrong(&key.key("node"), what);
         }
         _ => {}
+    }
+    if remote.require_encryption && remote.insecure {
+        checker.wrong(
+            &key.key("require_encryption"),
+            "plain TCP is not encrypted; leave out `insecure`, or this",
+        );
+    }
+    if remote.require_encryption && remote.transport == Transport::Rdma {
+        let what = "RDMA does not encrypt what it carries; leave out `require_encryption`, or this";
+        checker.wrong(&key.key("transport"), what);
     }
     if remote.patience.is_some_and(|patience| patience.0.is_zero()) {
         checker.wrong(&key.key("patience"), "must be longer than nothing; leave it out to wait for ever");

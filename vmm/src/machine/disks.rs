@@ -8,6 +8,7 @@ use devices::disk::Disk;
 use devices::disk::file::{Direct, FileDisk, Options as FileOptions};
 use devices::disk::remote::{self, OnTimeout, Options as RemoteOptions};
 use devices::virtio::blk::{self, Blk, OperationCounters};
+use transport::channel::Transport;
 use transport::identity::{Reloading, Security};
 use transport::metrics::{Metrics, Snapshot};
 
@@ -83,7 +84,7 @@ fn security(config: &config::RemoteDisk, identity: Option<&Arc<Reloading>>) -> R
     match identity {
         _ if config.insecure => Ok(Security::Plain),
         Some(identity) => Ok(Security::Tls(Arc::clone(identity))),
-        None if config.is_on_this_pc() => Ok(Security::Plain),
+        None if config.is_on_this_pc() && !config.require_encryption => Ok(Security::Plain),
         None => Err(format!(
             "The agent at {} can only be trusted by an identity, and this PC has none; get a token by `omega node \
              invite NAME --role console` on the household's first console and run `omega join TOKEN` here, or \
@@ -121,6 +122,12 @@ fn open_remote(
             config::OnTimeout::Wait => OnTimeout::Wait,
             config::OnTimeout::Error => OnTimeout::Error,
         },
+        transport: match config.transport {
+            _ if config.require_encryption => Transport::Tcp,
+            config::Transport::Auto => Transport::Auto,
+            config::Transport::Rdma => Transport::Rdma,
+            config::Transport::Tcp => Transport::Tcp,
+        },
         ..options
     };
     let disk = remote::connect(options, CONNECT_TIMEOUT).map_err(|error| error.to_string())?;
@@ -144,6 +151,8 @@ fn remote_counters(now: &remote::Snapshot) -> Vec<(&'static str, u64)> {
         ("agent_full", now.full),
         ("conflicts", now.conflicts),
         ("disk_errors", now.errors),
+        ("over_rdma", u64::from(now.over_rdma)),
+        ("rdma_switches", now.rdma_switches),
     ]
 }
 

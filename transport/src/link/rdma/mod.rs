@@ -15,6 +15,8 @@ mod flow;
 pub(crate) mod opener;
 #[cfg_attr(not(feature = "rdma"), allow(dead_code))]
 mod queue;
+#[cfg(test)]
+mod queue_test;
 
 #[cfg(feature = "rdma")]
 mod verbs;
