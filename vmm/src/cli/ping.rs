@@ -85,6 +85,8 @@ fn target(args: &args::Ping) -> Result<(String, Security, Option<String>), Failu
         volume: String::new(),
         node,
         insecure: args.insecure,
+        transport: crate::config::Transport::Rdma,
+        require_encryption: false,
         patience: None,
         on_timeout: crate::config::OnTimeout::Wait,
     };
