@@ -181,15 +181,11 @@ fn revoke(args: &NodeRevoke) -> Result<(), Failure> {
     let folder = args.identity.path()?;
     authority.hand_crl_to(&folder)?;
     let agents = agents(&authority.nodes()?, &args.tell);
-    let mut told = tell_all(&agents, &folder, args.timeout.0)?;
-    // Agents that know more than the authority: its folder is an old copy. They get a list that is newer still.
-    let mut behind = false;
-    for list in told.iter().filter_map(|told| told.as_ref().ok()?.as_ref()) {
-        behind |= authority.catch_up(list)?;
-    }
-    if behind {
+    let mut told = tell_all(&authority, &agents, &folder, args.timeout.0)?;
+    if told.iter().any(|told| matches!(told, Ok(Told::Behind))) {
+        // There is a list now that is newer than what they keep.
         authority.hand_crl_to(&folder)?;
-        told = tell_all(&agents, &folder, args.timeout.0)?;
+        told = tell_all(&authority, &agents, &folder, args.timeout.0)?;
     }
     let identity = Identity::load(&folder)?;
     let (name, number) = (&args.name, identity.crl().number());
@@ -202,8 +198,8 @@ fn revoke(args: &NodeRevoke) -> Result<(), Failure> {
     for ((address, name), told) in agents.iter().zip(told) {
         let who = name.as_ref().map_or_else(|| address.to_string(), |name| format!("{name} ({address})"));
         let what = match told {
-            Ok(None) => "knows it".to_owned(),
-            Ok(Some(_)) => "keeps another list; try again".to_owned(),
+            Ok(Told::Knows) => "knows it".to_owned(),
+            Ok(Told::Behind) => "keeps another list; try again".to_owned(),
             Err(why) => format!("was not told: {why}; it learns it from the next console that connects"),
         };
         // Writing to a text cannot fail.
@@ -212,25 +208,35 @@ fn revoke(args: &NodeRevoke) -> Result<(), Failure> {
     show(&said)
 }
 
-/// What an agent said when it was told: nothing, if it has the same list now, or the one that it keeps instead.
-type Told = Result<Option<Vec<u8>>, String>;
+/// What telling an agent showed.
+enum Told {
+    /// It knows the list.
+    Knows,
+    /// It knows one that the authority has forgotten, because its folder is an old copy.
+    Behind,
+}
 
 /// Brings the list in the identity's `folder` to all `agents` at once.
 fn tell_all(
+    authority: &Authority,
     agents: &[(SocketAddr, Option<String>)],
     folder: &Path,
     timeout: Duration,
-) -> Result<Vec<Told>, Failure> {
+) -> Result<Vec<Result<Told, String>>, Failure> {
     let identity = Identity::load(folder)?;
     let security = Security::Tls(Reloading::in_memory(Arc::clone(&identity)));
     let (security, crl) = (&security, identity.crl());
-    Ok(thread::scope(|scope| {
-        let all: Vec<_> = agents
-            .iter()
-            .map(|(address, _)| scope.spawn(move || push(*address, security, crl, timeout)))
-            .collect();
-        all.into_iter().map(|told| told.join().unwrap_or_else(|_| Err("a fault here".to_owned()))).collect()
-    }))
+    thread::scope(|scope| {
+        let tell = |address| scope.spawn(move || push(address, security, crl, timeout));
+        let all: Vec<_> = agents.iter().map(|(address, _)| tell(*address)).collect();
+        let heard =
+            all.into_iter().map(|told| match told.join().unwrap_or_else(|_| Err("a fault here".into())) {
+                Ok(list) if !list.is_empty() && authority.catch_up(&list)? => Ok(Ok(Told::Behind)),
+                Ok(_) => Ok(Ok(Told::Knows)),
+                Err(why) => Ok(Err(why)),
+            });
+        heard.collect()
+    })
 }
 
 /// Every agent whose address is known, with its name; and those that were named besides.
@@ -247,8 +253,8 @@ fn agents(nodes: &[Node], more: &[SocketAddr]) -> Vec<(SocketAddr, Option<String
     found
 }
 
-/// Brings `crl` to the agent at `address`.
-fn push(address: SocketAddr, security: &Security, crl: &Crl, timeout: Duration) -> Told {
+/// Brings `crl` to the agent at `address`; returns the list that it keeps, if that is another.
+fn push(address: SocketAddr, security: &Security, crl: &Crl, timeout: Duration) -> Result<Vec<u8>, String> {
     let failed = |why: transport::blocking::Error| why.to_string();
     let mut client =
         Client::new(&address.to_string(), "omega node revoke", security, None).map_err(failed)?;
@@ -259,7 +265,7 @@ fn push(address: SocketAddr, security: &Security, crl: &Crl, timeout: Duration) 
         return Err(format!("it refused, status {}", reply.status.0));
     }
     match revocation::number(&reply.body) {
-        Some(number) if number >= crl.number() => Ok((!reply.payload.is_empty()).then_some(reply.payload)),
+        Some(number) if number >= crl.number() => Ok(reply.payload),
         Some(number) => Err(format!("it kept list {number}")),
         None => Err("its answer makes no sense".to_owned()),
     }
