@@ -103,7 +103,9 @@ fn a_token_is_read_from_standard_input_so_that_no_other_process_sees_it() {
     let mut join = bench.command(&["join", "-", "--identity", "laptop"]);
     let outcome = support::Outcome::of(&join.stdin(file).output().expect("it starts"));
     assert_eq!(outcome.code, Some(0), "{outcome:?}");
-    assert_eq!(end(waiting).0, Some(0));
+    let (code, said) = end(waiting);
+    assert_eq!(code, Some(0), "{said}");
+    assert!(said.contains("\n  omega join -\n"), "what it tells to type has no token: {said}");
     assert_eq!(load(&bench, "laptop").name(), "laptop");
 }
 

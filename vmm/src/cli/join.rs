@@ -1,6 +1,6 @@
 //! `omega join`, and what `omega-agent join` shares with it.
 
-use std::io::{self, Read};
+use std::io::{self, BufRead, IsTerminal, Read};
 use std::path::Path;
 
 use transport::identity::Identity;
@@ -28,7 +28,7 @@ pub(super) fn join(args: &args::Join) -> Result<(), Failure> {
     show(&welcome(&identity, &folder))
 }
 
-/// The token on the command line, or on standard input if that is `-`.
+/// The token on the command line, or the line on standard input if that is `-`.
 ///
 /// # Errors
 /// It is damaged, or cannot be read.
@@ -36,10 +36,14 @@ pub fn token(argument: &str) -> Result<Token, Error> {
     if argument != "-" {
         return argument.trim().parse();
     }
+    if io::stdin().is_terminal() {
+        eprintln!("Paste the token, then press Enter:");
+    }
     let mut text = String::new();
     io::stdin()
+        .lock()
         .take(MAX_TOKEN)
-        .read_to_string(&mut text)
+        .read_line(&mut text)
         .map_err(|_| Error::Token("it cannot be read from standard input"))?;
     text.trim().parse()
 }

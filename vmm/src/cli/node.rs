@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, Write};
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
@@ -84,16 +84,13 @@ fn invite(args: &NodeInvite) -> Result<(), Failure> {
     }
 }
 
-/// Says what to do with the token. The token alone is on standard output, for programs.
+/// Says what to do with the token. The token alone is on standard output, for programs. It is not part of the
+/// command: that is seen by everybody who may list processes, and stays in the shell's history.
 fn tell(args: &NodeInvite, roles: Roles, token: &join::Token) -> Result<(), Failure> {
-    let command = if roles.has(Role::Agent) { "sudo omega-agent join" } else { "omega join" };
+    let command = if roles.has(Role::Agent) { "sudo omega-agent join -" } else { "omega join -" };
     eprintln!("On the PC that becomes `{}` ({roles}), within {}:\n", args.name, span(args.expires.0));
+    eprintln!("  {command}\n\nand then, as the line that it reads:\n");
     let mut out = io::stdout();
-    if out.is_terminal() {
-        eprint!("  {command} ");
-    } else {
-        eprintln!("  {command} TOKEN");
-    }
     show(&format!("{token}\n"))?;
     out.flush()?;
     eprintln!("\nThis PC waits for it; Ctrl-C withdraws the token.");

@@ -249,9 +249,13 @@ impl Authority {
         let _lock = self.lock()?;
         let mut registry = self.registry()?;
         let Some(invitation) = registry.invitation(secret) else { return Ok(true) };
+        if invitation.state != State::Open {
+            // Nothing is left to guess; and who used it shall be told of, not who guessed afterwards.
+            return Ok(false);
+        }
         invitation.tries = invitation.tries.saturating_add(1);
         let void = invitation.tries >= MAX_TRIES;
-        if void && invitation.state == State::Open {
+        if void {
             invitation.state = State::Void;
         }
         self.store(&registry)?;

@@ -3,7 +3,8 @@
 use std::io::{self, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -62,9 +63,12 @@ pub enum Outcome {
     Failed(Error),
 }
 
-/// What came of one conversation.
+/// What comes of the conversations.
 enum Said {
+    /// The authority made a node: whatever comes after it, somebody joined.
     Joined(Box<Joined>),
+    /// That conversation is over; whether the new node said that it stored its certificate.
+    Confirmed(bool),
     Void,
     Failed(Error),
 }
@@ -116,10 +120,11 @@ impl<'a> Invitation<'a> {
     fn accept(&self, stop: &dyn Fn() -> bool) -> Outcome {
         let (said, heard) = mpsc::channel();
         let busy = Mutex::new(Vec::<(SocketAddr, TcpStream)>::new());
-        thread::scope(|scope| {
+        let outcome = thread::scope(|scope| {
             let outcome = loop {
                 match heard.try_recv() {
-                    Ok(Said::Joined(joined)) => break Outcome::Joined(joined),
+                    Ok(Said::Joined(joined)) => break Outcome::Joined(confirmed(joined, &heard, stop)),
+                    Ok(Said::Confirmed(_)) => {}
                     Ok(Said::Void) => break Outcome::Void,
                     Ok(Said::Failed(why)) => break Outcome::Failed(why),
                     Err(_) if stop() => break Outcome::Stopped,
@@ -137,9 +142,7 @@ impl<'a> Invitation<'a> {
                 drop(list);
                 let (said, busy) = (said.clone(), &busy);
                 scope.spawn(move || {
-                    if let Some(what) = self.converse(socket, peer) {
-                        said.send(what).ok();
-                    }
+                    self.converse(socket, peer, &said);
                     lock(busy).retain(|(other, _)| *other != peer);
                 });
             };
@@ -147,7 +150,9 @@ impl<'a> Invitation<'a> {
                 socket.shutdown(std::net::Shutdown::Both).ok();
             }
             outcome
-        })
+        });
+        // All conversations are over. Who became a node while this was about to end otherwise is told of.
+        if matches!(outcome, Outcome::Joined(_)) { outcome } else { drained(&heard).unwrap_or(outcome) }
     }
 
     /// The next one who connects, if somebody does within a moment.
@@ -165,7 +170,7 @@ impl<'a> Invitation<'a> {
     }
 
     /// Everything with one who connected. What breaks off here is the other side's affair.
-    fn converse(&self, socket: TcpStream, peer: SocketAddr) -> Option<Said> {
+    fn converse(&self, socket: TcpStream, peer: SocketAddr, said: &Sender<Said>) -> Option<()> {
         socket.set_nodelay(true).ok();
         let tls = ServerConnection::new(Arc::clone(&self.config)).ok()?;
         let mut stream = StreamOwned::new(tls, Timed::new(socket, PATIENCE));
@@ -178,22 +183,22 @@ impl<'a> Invitation<'a> {
         let request = Request::read(&mut stream).ok()?;
         match self.admit(&request, peer) {
             Ok((node, Admitted { ca, node: certificate, crl })) => {
+                // First: who keeps the conversation open does not keep it secret that he joined.
+                said.send(Said::Joined(Box::new(Joined { node, from: peer, confirmed: false }))).ok();
                 let (ca, certificate, crl) = (ca.to_vec(), certificate.to_vec(), crl.to_vec());
                 let answer = Answer::Welcome { ca, node: certificate, crl };
-                let confirmed = send(&mut stream, &answer).and_then(|()| {
+                let stored = send(&mut stream, &answer).and_then(|()| {
                     let mut stored = [0];
                     io::Read::read_exact(&mut stream, &mut stored)?;
                     Ok(stored == [1])
                 });
-                Some(Said::Joined(Box::new(Joined {
-                    node,
-                    from: peer,
-                    confirmed: confirmed.unwrap_or(false),
-                })))
+                said.send(Said::Confirmed(stored.unwrap_or(false))).ok()
             }
-            Err((why, said)) => {
-                send(&mut stream, &Answer::Refused(why.to_string())).ok();
-                said
+            Err((why, what)) => {
+                if let Some(what) = what {
+                    said.send(what).ok();
+                }
+                send(&mut stream, &Answer::Refused(why.to_string())).ok()
             }
         }
     }
@@ -227,6 +232,35 @@ impl<'a> Invitation<'a> {
             other => Err((other, said)),
         }
     }
+}
+
+/// `joined`, with the new node's word that it stored its certificate if it gives one before `stop`. That it has
+/// joined is certain already.
+fn confirmed(mut joined: Box<Joined>, heard: &Receiver<Said>, stop: &dyn Fn() -> bool) -> Box<Joined> {
+    while !stop() {
+        match heard.recv_timeout(Duration::from_millis(LOOK.into())) {
+            Ok(Said::Confirmed(stored)) => {
+                joined.confirmed = stored;
+                break;
+            }
+            Ok(Said::Joined(_) | Said::Void | Said::Failed(_)) | Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => break,
+        }
+    }
+    joined
+}
+
+/// Who joined by what was said until now.
+fn drained(heard: &Receiver<Said>) -> Option<Outcome> {
+    let mut found = None;
+    for said in heard.try_iter() {
+        match (said, &mut found) {
+            (Said::Joined(joined), _) => found = Some(joined),
+            (Said::Confirmed(stored), Some(joined)) => joined.confirmed = stored,
+            _ => {}
+        }
+    }
+    found.map(Outcome::Joined)
 }
 
 fn lock<T>(of: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use rcgen::CertificateParams;
 use rustls::pki_types::PrivateKeyDer;
@@ -16,7 +16,7 @@ use rustls::{ServerConfig, ServerConnection};
 use super::joiner::connect;
 use super::token::{SECRET, Secret};
 use super::wire::{Answer, Request};
-use super::{ALPN, Error, Invitation, Joined, Outcome, Token, join};
+use super::{ALPN, Error, Invitation, Joined, Outcome, PATIENCE, Token, join};
 use crate::identity::authority::{Authority, MAX_TRIES, new_key};
 use crate::identity::testing::Household;
 use crate::identity::{Fingerprint, Identity, NodeName, Peer, Reloading, Role, Roles, loaded};
@@ -210,6 +210,49 @@ fn a_few_wrong_secrets_void_the_invitation() {
     assert!(matches!(outcome, Outcome::Void), "{outcome:?}");
     assert!(matches!(why, Error::Refused(_) | Error::Unreachable { .. } | Error::Broken { .. }), "{why:?}");
     assert!(home.names().is_empty());
+}
+
+#[test]
+fn who_joins_with_a_stolen_token_cannot_hide_it() {
+    // He says nothing more, and lets the connection stand; the token's owner loses patience, or strangers guess.
+    let silent = |token: &Token| {
+        let (mut stream, _) = connect(token).expect("the authority");
+        let request = Request { secret: token.secret.clone(), port: 0, csr: csr() };
+        stream.write_all(&request.encode()).and_then(|()| stream.flush()).expect("it goes out");
+        assert!(matches!(Answer::read(&mut stream), Ok(Answer::Welcome { .. })));
+        stream
+    };
+    let home = Home::new();
+    let began = Instant::now();
+    let (outcome, open) = home.while_waiting("attic", silent);
+    assert!(began.elapsed() < PATIENCE, "Ctrl-C need not wait for him");
+    let told = joined(outcome);
+    assert!(told.node.name == "attic" && !told.confirmed, "{told:?}");
+    drop(open);
+
+    let (outcome, open) = home.while_waiting("cellar", |token| {
+        let open = silent(token);
+        for _ in 0..=MAX_TRIES {
+            let wrong = Token { secret: Secret::of([7; SECRET]), ..token.clone() };
+            // Perhaps nobody listens any more.
+            join(&wrong, &home.folder("a"), None).expect_err("wrong");
+        }
+        open
+    });
+    assert_eq!(joined(outcome).node.name, "cellar");
+    drop(open);
+}
+
+#[test]
+fn wrong_secrets_do_not_void_what_was_used() {
+    let home = Home::new();
+    let name = "attic".parse().expect("a name");
+    let secret = home.authority.invite(&name, Role::Agent.into(), LIFE).expect("an invitation");
+    home.authority.admit(&secret, &csr(), None).expect("a node");
+    for _ in 0..=MAX_TRIES {
+        assert!(!home.authority.wrong_try(&secret).expect("the registry"));
+    }
+    assert!(home.authority.why_not(&secret).to_string().contains("used already"));
 }
 
 #[test]
