@@ -300,7 +300,11 @@ fn impostor(config: ServerConfig) -> (SocketAddr, thread::JoinHandle<Vec<u8>>) {
         let (mut socket, _) = listener.accept().expect("a victim");
         let mut tls = ServerConnection::new(Arc::new(config)).expect("a server");
         let mut told = Vec::new();
-        while tls.complete_io(&mut socket).is_ok() && tls.reader().read_to_end(&mut told).is_err() {}
+        while told.is_empty()
+            && let Ok((1.., _)) = tls.complete_io(&mut socket)
+        {
+            tls.reader().read_to_end(&mut told).ok();
+        }
         told
     });
     (address, answer)
@@ -419,4 +423,34 @@ fn joining_again_replaces_the_identity_and_its_handle_takes_it() {
     assert!(!handle.current().crl().revokes(first.serial()), "the old one is good until it is revoked");
     let crl = home.authority.revoke("attic").expect("known");
     assert!(crl.revokes(first.serial()) && crl.revokes(second.serial()), "a name is revoked wholly");
+}
+
+#[test]
+fn a_pc_whose_clock_is_wrong_is_told_so() {
+    let home = Home::new();
+    let (certificate, key) = home.authority.signer().inviter(Duration::ZERO).expect("over at once");
+    let until = SystemTime::now() + Duration::from_secs(60);
+    let why = loop {
+        let chain = vec![certificate.clone(), home.authority.signer().certificate().clone()];
+        let mut config = ServerConfig::builder_with_provider(loaded::provider())
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .unwrap()
+            .with_no_client_auth()
+            .with_single_cert(chain, PrivateKeyDer::Pkcs8(key.clone_key()))
+            .unwrap();
+        config.alpn_protocols = vec![ALPN.to_vec()];
+        let (address, answer) = impostor(config);
+        let token = Token {
+            addresses: vec![address],
+            authority: home.authority.fingerprint(),
+            secret: Secret::of([7; SECRET]),
+            expires: SystemTime::now() + LIFE,
+        };
+        // Until its last second is over it is the authority, which here says nothing.
+        match join(&token, &home.folder("attic"), None) {
+            Err(Error::Broken { .. }) if SystemTime::now() < until => answer.join().map(drop).unwrap_or(()),
+            other => break other,
+        }
+    };
+    assert!(matches!(why, Err(Error::Clock)), "{why:?}");
 }
