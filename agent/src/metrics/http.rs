@@ -230,4 +230,29 @@ mod tests {
         result.expect("it is answered");
         assert!(answer.starts_with(b"HTTP/1.1 431 ") || answer.is_empty(), "{answer:?}");
     }
+
+    #[test]
+    fn whatever_comes_is_judged_and_only_what_begins_as_a_get_or_head_gets_metrics() {
+        let seed = b"GET /metrics HTTP/1.1\r\nHost: agent\r\nAccept: text/plain";
+        let mut x = 1u64;
+        let mut random = move |below: usize| {
+            x = x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (x >> 33) as usize % below
+        };
+        for _ in 0..20_000 {
+            let mut head = seed.to_vec();
+            for _ in 0..random(5) {
+                let at = random(head.len());
+                match random(3) {
+                    0 => head[at] = random(256) as u8,
+                    1 => drop(head.remove(at)),
+                    _ => head.insert(at, random(256) as u8),
+                }
+            }
+            if let Verdict::Metrics { .. } = judge(Some(&head)) {
+                let allowed = head.starts_with(b"GET /metrics") || head.starts_with(b"HEAD /metrics");
+                assert!(allowed, "{}", head.escape_ascii());
+            }
+        }
+    }
 }
