@@ -32,7 +32,8 @@ pub struct Config {
     pub name: String,
     /// How the connection is protected.
     pub security: Security,
-    /// The node that the peer must prove to be; `None`: any agent of the household.
+    /// The node that the peer must prove to be; `None`: any agent of the household, and for as long as this
+    /// channel lives the one that it met first.
     pub node: Option<String>,
     /// A connection that carried nothing for this long, though pinged, is dead.
     pub dead_after: Duration,
@@ -523,9 +524,9 @@ impl Channel {
     pub fn reopen(&mut self) {
         if matches!(self.state, State::Closed) {
             let now = Instant::now();
-            let recorder = self.core.recorder.take();
+            let (recorder, node) = (self.core.recorder.take(), self.core.node.take());
             self.core = new_session(&self.config, now);
-            self.core.recorder = recorder;
+            (self.core.recorder, self.core.node) = (recorder, node);
             self.state = State::Idle(now);
             self.pause = self.config.retry_first;
             (self.heard, self.doubtful, self.fault) = (false, false, None);

@@ -612,3 +612,35 @@ fn another_nodes_session_cannot_be_resumed_cut_or_read() {
     again.read_exact(&mut theirs).unwrap();
     assert_eq!(theirs[16 + 1], 1, "resumed");
 }
+#[test]
+fn an_address_that_leads_to_another_agent_than_at_first_is_left_alone_even_by_a_new_session() {
+    let (house, server, console) = pair();
+    let (address, mut client) = (server.address, Client::secured(server.address, console, None));
+    works(&mut client);
+    drop(server);
+    let thief = Server::secured_at(&address.to_string(), security(&house.agent("cellar")));
+    let found_out =
+        |client: &Client| client.lost.iter().any(|reason| reason.contains("The node here is cellar"));
+    client.until("the refusal", found_out);
+    client.channel.close(&mut client.ring);
+    client.lost.clear();
+    client.channel.reopen();
+    client.until("the refusal", found_out);
+    assert_eq!((client.opened, client.resumed), (1, 0));
+    drop(thief);
+    let _back = Server::secured_at(&address.to_string(), security(&house.agent("attic")));
+    works(&mut client);
+}
+
+#[test]
+fn a_node_of_the_expected_name_that_is_no_agent_is_not_believed() {
+    let house = Household::new();
+    let server = Server::secured(Limits::default(), security(&house.console("attic")));
+    let mut client = Client::secured(server.address, security(&house.console("desk")), Some("attic"));
+    client.until("the refusal", |c| !c.lost.is_empty());
+    assert_eq!(
+        (client.lost[0].as_str(), client.opened),
+        ("The node attic is no agent by its certificate", 0)
+    );
+}
+

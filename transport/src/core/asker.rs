@@ -8,6 +8,7 @@ use crate::carrier::Carrier;
 use crate::channel::{Answer, Call, Event};
 use crate::core::stream::{Head, Outgoing, Peer, Place};
 use crate::core::table::{Pending, Table};
+use crate::identity::Role as Purpose;
 use crate::link::tls::handshake::Proven;
 use crate::metrics::{Ended, Kind as Counted, Recorder};
 use crate::trace;
@@ -92,6 +93,8 @@ pub(crate) struct Asker {
     farewell: Option<String>,
     carrier: Carrier,
     proven: Option<Proven>,
+    /// The node that the first connection proved to lead to: all later ones must.
+    pub(crate) node: Option<String>,
     events: Vec<Event>,
     /// The time, as far as what is counted needs it.
     clock: Instant,
@@ -127,6 +130,7 @@ impl Asker {
             farewell: None,
             carrier: Carrier::Tcp,
             proven: None,
+            node: None,
             events: Vec::new(),
             clock: now,
             recorder: None,
@@ -498,6 +502,16 @@ impl Asker {
 
 impl Peer for Asker {
     fn secured(&mut self, carrier: Carrier, proven: Proven) -> Result<(), Fault> {
+        let name = &proven.peer.name;
+        // TLS verified a name or the role, whichever it was asked for.
+        if !proven.peer.roles.has(Purpose::Agent) {
+            return Err(Fault::Tls(format!("The node {name} is no agent by its certificate")));
+        }
+        match &self.node {
+            Some(node) if node != name => return Err(Fault::OtherNode(node.clone(), name.clone())),
+            Some(_) => {}
+            None => self.node = Some(name.clone()),
+        }
         (self.carrier, self.proven) = (carrier, Some(proven));
         Ok(())
     }

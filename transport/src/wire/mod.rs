@@ -114,6 +114,9 @@ pub enum Fault {
     /// The peer's certificate was revoked while it was connected.
     #[error("The certificate of {0} was revoked")]
     Revoked(String),
+    /// The address leads to another node than at first.
+    #[error("The node here is {1}, and the first connection was to {0}; if that is meant, start anew")]
+    OtherNode(String, String),
     /// Another node began the session.
     #[error("The session belongs to another node")]
     NotYours,

@@ -61,6 +61,11 @@ impl Server {
         Self::with("127.0.0.1:0", limits, security)
     }
 
+    /// With TLS, at this address.
+    pub fn secured_at(address: &str, security: Security) -> Self {
+        Self::with(address, Limits::default(), security)
+    }
+
     pub fn at(address: &str, limits: Limits) -> Self {
         Self::with(address, limits, Security::Plain)
     }

@@ -220,6 +220,9 @@ pub fn connect(options: Options, timeout: Duration) -> Result<RemoteDisk, Connec
         Ok(opened)
     });
     let opened = opened.inspect_err(|_| release(&options, lease))?;
+    // The address may lead elsewhere later, and an agent is trusted with what the guest wrote: it stays this one.
+    let met = meeting.client.proven().map(|peer| peer.name.clone());
+    let options = Options { node: options.node.clone().or(met), ..options.clone() };
     let mut geometry = opened.geometry;
     geometry.read_only |= options.read_only;
     let agent = &options.agent;

@@ -55,7 +55,8 @@ pub struct Options {
     pub name: String,
     /// How connections to the agent are protected.
     pub security: Security,
-    /// The node that the agent must prove to be; `None`: any agent of the household.
+    /// The node that the agent must prove to be; `None`: any agent of the household, and then the one that
+    /// [`connect`] met.
     pub node: Option<String>,
     /// Refuse the guest's writes.
     pub read_only: bool,
