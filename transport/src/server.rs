@@ -222,7 +222,9 @@ impl Connection {
         self.fault = self.fault.take().or(self.core.check().err());
         let (mut stuck, mut wants) = (None, None);
         if let Some(link) = &mut self.link {
-            self.fault = self.fault.take().or(link.send(&mut self.core).err());
+            if self.fault.is_none() {
+                self.fault = link.send(&mut self.core).err();
+            }
             stuck = link.blocked_since().map(|since| since + STUCK);
             if stuck.is_some_and(|at| at <= now) {
                 self.fault = self.fault.take().or(Some(Fault::Stuck(STUCK.as_secs())));
@@ -279,9 +281,16 @@ impl Connection {
     /// Ends the connection, with a word to the peer where it helps.
     fn end(&mut self, ring: &mut Ring, fault: &Fault) {
         let Some(mut link) = self.link.take() else { return self.core.closed(fault) };
+        // Who was revoked gets nothing more of what it asked for.
+        let quiet = matches!(fault, Fault::Revoked(_));
+        if quiet {
+            self.core.drop_replies();
+        }
         self.core.say_goodbye(fault);
-        // As far as the network takes it now; the peer sees the end in any case.
-        let _ = link.send(&mut self.core);
+        if !quiet || link.drop_queued() {
+            // As far as the network takes it now; the peer sees the end in any case.
+            let _ = link.send(&mut self.core);
+        }
         link.close(ring);
         if self.bell_polled {
             ring.cancel(self.source.token(BELL));

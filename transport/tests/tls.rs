@@ -15,7 +15,8 @@ use transport::buffer::Buffer;
 use transport::channel::Call;
 use transport::identity::testing::{Household, security};
 use transport::identity::{Reloading, Role, Security};
-use transport::server::Limits;
+use transport::ring::Ring;
+use transport::server::{self, Connection, Limits, Sessions};
 use transport::wire::Status;
 
 /// An agent and a console of one household that trust each other.
@@ -563,6 +564,53 @@ fn an_agent_that_is_revoked_is_left_by_who_learns_it() {
     identity.take_crl(&house.crl()).unwrap();
     client.until("the end and the refusal", |c| c.lost.len() >= 2);
     assert!(client.lost[0].contains("The certificate of attic was revoked"), "{:?}", client.lost);
+#[test]
+fn an_answer_that_is_not_out_when_its_asker_is_revoked_stays_here() {
+    let mut house = Household::new();
+    let desk = house.console("desk");
+    let identity = Reloading::in_memory(house.agent("attic"));
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut client = Client::secured(listener.local_addr().unwrap(), security(&desk), None);
+    client.channel.submit(call(1, ECHO, b"x", Buffer::empty(), 10));
+    // Both sides by this one thread, so that it is known what is out.
+    let mut accepted = None;
+    listener.set_nonblocking(true).unwrap();
+    client.until("the connection", |_| {
+        accepted = listener.accept().ok();
+        accepted.is_some()
+    });
+    let (mut ring, mut events) = (Ring::new(64).unwrap(), Vec::new());
+    let sessions = Sessions::new("test server", Limits::default());
+    let (socket, _) = accepted.unwrap();
+    let secured = Security::Tls(identity.clone());
+    let mut connection = Connection::new(socket, sessions.clone(), &secured, &mut ring);
+    let mut serve = |client: &mut Client, connection: &mut Connection| {
+        connection.tick(&mut ring, Instant::now(), &mut events);
+        client.pump(Duration::from_millis(1));
+        ring.wait(Some(Duration::from_millis(1))).unwrap();
+        while let Some(completion) = ring.reap() {
+            connection.complete(&mut ring, completion, &mut events);
+        }
+        events.drain(..).collect::<Vec<_>>()
+    };
+    let request = wait_for("the request", || {
+        serve(&mut client, &mut connection).into_iter().find_map(|event| match event {
+            server::Event::Request(request) => Some(request),
+            _ => None,
+        })
+    });
+    house.revoke(desk.serial());
+    identity.take_crl(&house.crl()).unwrap();
+    connection.answer(request.id, Status::OK, b"for nobody who was revoked", Buffer::empty());
+    assert_eq!(sessions.revoke(|peer| identity.revokes(peer)), ["desk"]);
+    wait_for("the end", || {
+        serve(&mut client, &mut connection);
+        (!client.lost.is_empty()).then_some(())
+    });
+    assert!(client.lost[0].contains("The certificate of desk was revoked"), "{:?}", client.lost);
+    assert!(client.answers.is_empty(), "{:?}", client.answers);
+}
+
     assert!(client.lost[1].contains("was revoked"), "{:?}", client.lost);
 }
 

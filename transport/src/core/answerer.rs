@@ -297,6 +297,12 @@ impl Answerer {
         }
     }
 
+    /// Forgets what waits to go to the peer.
+    pub(crate) fn drop_replies(&mut self) {
+        self.greeting.clear();
+        self.replies.iter_mut().for_each(VecDeque::clear);
+    }
+
     /// Tells the peer why the connection ends.
     pub(crate) fn say_goodbye(&mut self, reason: &Fault) {
         let told = matches!(

@@ -340,6 +340,13 @@ impl Outqueue {
         }
     }
 
+    /// Drops everything. `true`: no frame was on the network in part.
+    pub(crate) fn clear(&mut self) -> bool {
+        let whole = self.offset == 0;
+        *self = Self::default();
+        whole
+    }
+
     /// Copies the payload of the request `id`, if it is here: its owner wants the memory back.
     pub(crate) fn detach(&mut self, id: u64) {
         for frame in self.frames.iter_mut().filter(|f| f.id == id && !f.payload.is_empty()) {

@@ -55,6 +55,10 @@ pub(crate) trait Link: Send {
         None
     }
 
+    /// Forgets what it took from its side and did not hand to the network. `true`: frames may follow, as nothing
+    /// was cut in the middle.
+    fn drop_queued(&mut self) -> bool;
+
     /// Nothing more will be sent; the other side sees the end of the stream after all that was.
     fn finish(&mut self);
 

@@ -380,6 +380,9 @@ impl TcpLink {
 
     /// Tells the other side that nothing more comes, if TLS is there to say so.
     fn close_notify(&mut self) {
+        if self.broken.is_some() {
+            return;
+        }
         match &mut self.layer {
             Layer::Plain | Layer::Handshake(_) => {}
             Layer::Kernel(_) => kernel::close_notify(&self.socket),
@@ -529,6 +532,20 @@ impl Link for TcpLink {
             Layer::Kernel(_) => Carrier::KernelTls,
             Layer::Records(_) => Carrier::TlsRecords,
         }
+    }
+
+    fn drop_queued(&mut self) -> bool {
+        let whole = self.out.clear();
+        let sealed = match &self.layer {
+            Layer::Plain | Layer::Kernel(_) => true,
+            Layer::Handshake(_) => false,
+            // What is encrypted has its place in the sequence: nothing can follow if it is left out.
+            Layer::Records(records) => records.unsent().is_empty(),
+        };
+        if !(whole && sealed) {
+            self.broken = Some(Fault::Closed);
+        }
+        self.broken.is_none()
     }
 
     fn finish(&mut self) {

@@ -605,6 +605,12 @@ impl Link for Upgradable {
         self.notice.pop_front().or_else(|| self.base.take_notice())
     }
 
+    fn drop_queued(&mut self) -> bool {
+        let over_tcp = !matches!(self.state, State::Switching(_) | State::On(..));
+        self.control.clear();
+        self.base.drop_queued() && over_tcp
+    }
+
     fn finish(&mut self) {
         self.base.finish();
     }
