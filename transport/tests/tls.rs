@@ -293,6 +293,18 @@ fn garbage_and_handshakes_without_end_are_cut_off_and_cost_little() {
 }
 
 #[test]
+fn a_handshake_whose_records_are_of_full_length_is_taken_whole() {
+    let (_house, server, console) = pair();
+    let mut config = stock(&console);
+    let others = (0..60).map(|i| vec![b'a' + i % 26; 250]);
+    config.alpn_protocols = others.chain([b"omega/1".to_vec()]).collect();
+    let mut first = dial(server.address, config);
+    first.write_all(&hello(0)).unwrap();
+    first.read_exact(&mut [0; 16 + 88]).unwrap();
+    assert_eq!(server.opened.lock().unwrap()[0].0.as_ref().unwrap().name, "desk");
+}
+
+#[test]
 fn a_handshake_that_trickles_is_ended_in_time() {
     let (_house, server, console) = pair();
     let mut client =
@@ -553,18 +565,6 @@ fn a_revoked_node_loses_its_live_connection_and_gets_no_other() {
 }
 
 #[test]
-fn an_agent_that_is_revoked_is_left_by_who_learns_it() {
-    let mut house = Household::new();
-    let attic = house.agent("attic");
-    let server = Server::secured(Limits::default(), security(&attic));
-    let identity = Reloading::in_memory(house.console("desk"));
-    let mut client = Client::secured(server.address, Security::Tls(identity.clone()), None);
-    works(&mut client);
-    house.revoke(attic.serial());
-    identity.take_crl(&house.crl()).unwrap();
-    client.until("the end and the refusal", |c| c.lost.len() >= 2);
-    assert!(client.lost[0].contains("The certificate of attic was revoked"), "{:?}", client.lost);
-#[test]
 fn an_answer_that_is_not_out_when_its_asker_is_revoked_stays_here() {
     let mut house = Household::new();
     let desk = house.console("desk");
@@ -611,7 +611,51 @@ fn an_answer_that_is_not_out_when_its_asker_is_revoked_stays_here() {
     assert!(client.answers.is_empty(), "{:?}", client.answers);
 }
 
+#[test]
+fn an_agent_that_is_revoked_is_left_by_who_learns_it() {
+    let mut house = Household::new();
+    let attic = house.agent("attic");
+    let server = Server::secured(Limits::default(), security(&attic));
+    let identity = Reloading::in_memory(house.console("desk"));
+    let mut client = Client::secured(server.address, Security::Tls(identity.clone()), None);
+    works(&mut client);
+    house.revoke(attic.serial());
+    identity.take_crl(&house.crl()).unwrap();
+    client.until("the end and the refusal", |c| c.lost.len() >= 2);
+    assert!(client.lost[0].contains("The certificate of attic was revoked"), "{:?}", client.lost);
     assert!(client.lost[1].contains("was revoked"), "{:?}", client.lost);
+}
+
+#[test]
+fn an_address_that_leads_to_another_agent_than_at_first_is_left_alone_even_by_a_new_session() {
+    let (house, server, console) = pair();
+    let (address, mut client) = (server.address, Client::secured(server.address, console, None));
+    works(&mut client);
+    drop(server);
+    let thief = Server::secured_at(&address.to_string(), security(&house.agent("cellar")));
+    let found_out =
+        |client: &Client| client.lost.iter().any(|reason| reason.contains("The node here is cellar"));
+    client.until("the refusal", found_out);
+    client.channel.close(&mut client.ring);
+    client.lost.clear();
+    client.channel.reopen();
+    client.until("the refusal", found_out);
+    assert_eq!((client.opened, client.resumed), (1, 0));
+    drop(thief);
+    let _back = Server::secured_at(&address.to_string(), security(&house.agent("attic")));
+    works(&mut client);
+}
+
+#[test]
+fn a_node_of_the_expected_name_that_is_no_agent_is_not_believed() {
+    let house = Household::new();
+    let server = Server::secured(Limits::default(), security(&house.console("attic")));
+    let mut client = Client::secured(server.address, security(&house.console("desk")), Some("attic"));
+    client.until("the refusal", |c| !c.lost.is_empty());
+    assert_eq!(
+        (client.lost[0].as_str(), client.opened),
+        ("The node attic is no agent by its certificate", 0)
+    );
 }
 
 /// A hello of version 1 that asks for session 77 in its life `serial`.
@@ -660,35 +704,3 @@ fn another_nodes_session_cannot_be_resumed_cut_or_read() {
     again.read_exact(&mut theirs).unwrap();
     assert_eq!(theirs[16 + 1], 1, "resumed");
 }
-#[test]
-fn an_address_that_leads_to_another_agent_than_at_first_is_left_alone_even_by_a_new_session() {
-    let (house, server, console) = pair();
-    let (address, mut client) = (server.address, Client::secured(server.address, console, None));
-    works(&mut client);
-    drop(server);
-    let thief = Server::secured_at(&address.to_string(), security(&house.agent("cellar")));
-    let found_out =
-        |client: &Client| client.lost.iter().any(|reason| reason.contains("The node here is cellar"));
-    client.until("the refusal", found_out);
-    client.channel.close(&mut client.ring);
-    client.lost.clear();
-    client.channel.reopen();
-    client.until("the refusal", found_out);
-    assert_eq!((client.opened, client.resumed), (1, 0));
-    drop(thief);
-    let _back = Server::secured_at(&address.to_string(), security(&house.agent("attic")));
-    works(&mut client);
-}
-
-#[test]
-fn a_node_of_the_expected_name_that_is_no_agent_is_not_believed() {
-    let house = Household::new();
-    let server = Server::secured(Limits::default(), security(&house.console("attic")));
-    let mut client = Client::secured(server.address, security(&house.console("desk")), Some("attic"));
-    client.until("the refusal", |c| !c.lost.is_empty());
-    assert_eq!(
-        (client.lost[0].as_str(), client.opened),
-        ("The node attic is no agent by its certificate", 0)
-    );
-}
-

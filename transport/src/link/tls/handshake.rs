@@ -128,13 +128,22 @@ impl Handshake {
             if !self.receive(socket)? {
                 return Ok(false);
             }
-            let result = self.connection.read_tls(&mut self.record.as_slice());
-            self.record.clear();
-            result?;
+            let record = std::mem::take(&mut self.record);
+            self.hand_in(&record)?;
+        }
+    }
+
+    /// Hands a record to rustls, which takes no more than a few KiB at once.
+    fn hand_in(&mut self, mut record: &[u8]) -> Result<(), Fault> {
+        while !record.is_empty() {
+            if self.connection.read_tls(&mut record)? == 0 {
+                return Err(Fault::Protocol("a TLS record after the end"));
+            }
             if let Err(error) = self.connection.process_new_packets() {
                 return Err(words::failed(&error));
             }
         }
+        Ok(())
     }
 
     /// Sends what rustls has to say; `false`: the network does not take it all now.
