@@ -8,13 +8,14 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use common::{Agent, Driver, LIMIT};
-use devices::disk::Disk;
 use devices::disk::remote::{ConnectError, Options, connect};
 use devices::disk::volume::{
     Access, Acquire, Acquired, Lease, Open, Opened, Refusal, Volume, opcode, status,
 };
+use devices::disk::{Disk, Operation};
 use nix::sys::signal::Signal;
 use transport::blocking::{Client, Reply};
+use transport::buffer::Buffer;
 use transport::identity::testing::{Household, security};
 use transport::identity::{Identity, Reloading, Role, Roles, Security, revocation};
 use transport::wire::{Class, MAX_PAYLOAD, Status};
@@ -62,6 +63,34 @@ fn a_console_of_the_household_uses_a_volume_of_the_node_that_it_expects_and_of_n
     disk.close();
     let other = connect(options(&agent, "v", &desk, Some("pc3")), Duration::from_secs(3));
     assert!(matches!(other, Err(ConnectError::Unreachable { .. })), "it is not pc3");
+}
+
+#[test]
+fn a_disk_stays_with_the_agent_that_it_met_though_its_address_leads_to_another() {
+    let house = Household::new();
+    let mut agent = agent(&house, "");
+    let disk = connect(options(&agent, "v", &house.console("desk"), None), LIMIT).expect("it connects");
+    let becomes = |agent: &mut Agent, name: &str| {
+        agent.end(Signal::SIGKILL);
+        let folder = house.folder(&house.agent(name));
+        agent.configure(&format!("identity = '{}'\n{VOLUMES}", folder.display()));
+        agent.run();
+    };
+    becomes(&mut agent, "pc3");
+    let mut disk = Driver::new(disk);
+    let tag = disk.submit(Operation::Write, 0, 512, Buffer::from_vec(vec![3; 512]));
+    let until = Instant::now() + LIMIT;
+    while !disk.disk.describe().contains("pc2.node.omega.internal") {
+        assert!(Instant::now() < until && disk.done.is_empty(), "{}", disk.disk.describe());
+        disk.round(Duration::from_millis(50));
+    }
+    becomes(&mut agent, "pc2");
+    let until = Instant::now() + LIMIT;
+    while disk.done.is_empty() {
+        assert!(Instant::now() < until, "{}\n{}", disk.disk.describe(), agent.log());
+        disk.round(Duration::from_millis(50));
+    }
+    assert!(disk.done[0].tag == tag && disk.done[0].result.is_ok());
 }
 
 #[test]
