@@ -21,6 +21,7 @@ mod handshake_test;
 pub mod join;
 mod loaded;
 mod name;
+mod offers;
 mod peer;
 mod reloading;
 pub mod revocation;

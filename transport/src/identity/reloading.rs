@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use super::folder::{self, CA, CRL, KEY, NODE};
+use super::offers::Offers;
 use super::{Crl, Error, Identity, Peer};
 
 /// A handle on an identity that may be renewed and that learns what is revoked. A new connection uses
@@ -14,6 +15,7 @@ use super::{Crl, Error, Identity, Peer};
 #[derive(Debug)]
 pub struct Reloading {
     current: RwLock<Arc<Identity>>,
+    pub(super) offers: Offers,
     store: Option<Store>,
 }
 
@@ -48,7 +50,7 @@ impl Reloading {
         let seen = stamp(folder);
         let current = RwLock::new(Identity::load(folder)?);
         let store = Some(Store { folder: folder.to_owned(), seen: Mutex::new(seen) });
-        Ok(Arc::new(Self { current, store }))
+        Ok(Arc::new(Self { current, offers: Offers::default(), store }))
     }
 
     /// As [`load`](Self::load), or `None` if `folder` is not there or empty. Anything else that is wrong is an
@@ -68,7 +70,7 @@ impl Reloading {
     /// Of `identity`. It reads and writes no file, so a confined thread may use all of it.
     #[must_use]
     pub fn in_memory(identity: Arc<Identity>) -> Arc<Self> {
-        Arc::new(Self { current: RwLock::new(identity), store: None })
+        Arc::new(Self { current: RwLock::new(identity), offers: Offers::default(), store: None })
     }
 
     /// The identity for the next connection.

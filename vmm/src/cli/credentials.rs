@@ -45,9 +45,10 @@ pub(super) fn find(guest: &Guest, chosen: Option<&Path>) -> Result<Option<Arc<Re
 /// Takes what becomes new in the identity's folder, on a thread of its own: those that connect may open no file.
 fn watch(identity: Arc<Reloading>) -> Result<(), Failure> {
     let body = move || {
-        let mut said = String::new();
+        let (mut said, mut refused) = (String::new(), String::new());
         loop {
             std::thread::sleep(LOOK_EVERY);
+            take_offered(&identity, &mut refused);
             match identity.reload() {
                 Ok(true) => {
                     let current = identity.current();
@@ -66,4 +67,24 @@ fn watch(identity: Arc<Reloading>) -> Result<(), Failure> {
     };
     std::thread::Builder::new().name("identity".to_owned()).spawn(body)?;
     Ok(())
+}
+
+/// Takes the lists of revoked certificates that agents had, which their disks' threads may not store.
+fn take_offered(identity: &Reloading, said: &mut String) {
+    for taken in identity.take_offered() {
+        match taken {
+            Ok(taken) if taken.newer => {
+                tracing::info!(number = taken.number, "An agent knew a newer list of revoked certificates");
+                if let Some(why) = taken.not_stored {
+                    tracing::warn!(%why, "The list of revoked certificates is in force, but not stored");
+                }
+            }
+            Ok(_) => {}
+            Err(why) if why.to_string() == *said => {}
+            Err(why) => {
+                *said = why.to_string();
+                tracing::warn!("An agent sent a list of revoked certificates that is none: {said}");
+            }
+        }
+    }
 }

@@ -165,6 +165,11 @@ impl RemoteDisk {
                 if !self.reachable {
                     self.revocations.forget();
                 }
+                if let Event::Answer(answer) = &event
+                    && answer.tag == Tag::Revocations.number()
+                {
+                    self.revocations.answered(&self.core.options.security, answer);
+                }
                 self.core.event(&mut Calls(channel), event, now, done);
             }
         }
@@ -177,6 +182,7 @@ impl RemoteDisk {
         let Some(mut channel) = self.channel.take() else { return };
         drop(channel.close(ring));
         self.events.clear();
+        self.revocations.forget();
         self.core.give_up(|| failure.error(), done);
         if let Failure::Unreachable(_) = failure {
             // A new session: what the old one left behind on the agent ends before this one is served.
@@ -230,7 +236,8 @@ impl Disk for RemoteDisk {
         let channel = self.channel.as_mut()?;
         let core = self.core.tick(&mut Calls(channel), now, done);
         if self.reachable {
-            self.revocations.tick(&self.core.options.security, channel, now);
+            let call = self.revocations.tick(&self.core.options.security, now);
+            call.into_iter().for_each(|call| channel.submit(call));
         }
         let mut next = channel.tick(ring, now, &mut self.events);
         if !self.events.is_empty() {
@@ -249,6 +256,7 @@ impl Disk for RemoteDisk {
         let Some(mut channel) = self.channel.take() else { return };
         drop(channel.close(ring));
         self.events.clear();
+        self.revocations.forget();
         let failure = self.core.failure.clone();
         let given_up = || Error::Io(std::io::Error::from_raw_os_error(libc::ECANCELED));
         self.core.give_up(|| failure.as_ref().map_or_else(given_up, Failure::error), done);
