@@ -4,7 +4,7 @@
 
 use std::net::TcpStream;
 use std::os::fd::AsRawFd;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU8, Ordering};
 
 use nix::errno::Errno;
 use nix::sys::socket::setsockopt;
@@ -17,8 +17,12 @@ use crate::wire::Fault;
 /// Tickets and the like that a peer may send.
 const IGNORED_MOST: u32 = 8;
 
-/// Once the kernel said that it has no TLS it is not asked again: as root, each question would start modprobe.
-static REFUSED: AtomicBool = AtomicBool::new(false);
+/// Once the kernel said that it has no TLS, or not a cipher, it is not asked for that again: as root, each
+/// question would start modprobe. One bit each.
+static REFUSED: AtomicU8 = AtomicU8::new(0);
+
+/// The bit of TLS itself; those of ciphers are [`bit`]'s.
+const NO_TLS: u8 = 1;
 
 /// The option after which the kernel decrypts straight into the receiver's memory, since Linux 6.0: nobody
 /// here pads records.
@@ -37,21 +41,23 @@ pub(crate) struct Kernel {
 /// # Errors
 /// The kernel took only one direction, so that the connection is lost.
 pub(crate) fn take_over(socket: &TcpStream, secrets: &ExtractedSecrets) -> Result<Option<Kernel>, Fault> {
-    if REFUSED.load(Ordering::Relaxed) {
+    let (Some(tx), Some(rx)) = (info(&secrets.tx), info(&secrets.rx)) else { return Ok(None) };
+    let ciphers = bit(&tx) | bit(&rx);
+    if REFUSED.load(Ordering::Relaxed) & (NO_TLS | ciphers) != 0 {
         return Ok(None);
     }
-    let (Some(tx), Some(rx)) = (info(&secrets.tx), info(&secrets.rx)) else { return Ok(None) };
     let name: &[u8] = b"tls";
     // Until a direction has its keys, the socket behaves as before; so a refusal of the first costs nothing.
-    let taken = setsockopt(socket, TcpUlp::default(), &name).and_then(|()| setsockopt(socket, TcpTlsRx, &rx));
-    if let Err(e) = taken {
-        // Some refusals are this connection's: the other side closed it already, or memory is short.
-        let for_ever = !matches!(e, Errno::ENOTCONN | Errno::ENOMEM | Errno::ENOBUFS);
-        REFUSED.fetch_or(for_ever, Ordering::Relaxed);
+    if let Err(e) = setsockopt(socket, TcpUlp::default(), &name) {
+        REFUSED.fetch_or(for_good(e, NO_TLS), Ordering::Relaxed);
+        return Ok(None);
+    }
+    if let Err(e) = setsockopt(socket, TcpTlsRx, &rx) {
+        REFUSED.fetch_or(for_good(e, ciphers), Ordering::Relaxed);
         return Ok(None);
     }
     if let Err(e) = setsockopt(socket, TcpTlsTx, &tx) {
-        REFUSED.store(true, Ordering::Relaxed);
+        REFUSED.fetch_or(for_good(e, ciphers), Ordering::Relaxed);
         return Err(Fault::Network(format!("the kernel's TLS takes only one direction: {e}")));
     }
     let yes: libc::c_int = 1;
@@ -60,6 +66,26 @@ pub(crate) fn take_over(socket: &TcpStream, secrets: &ExtractedSecrets) -> Resul
     // SAFETY: the value is an int, which lives through the call. An older kernel refuses it, which is well.
     unsafe { libc::setsockopt(socket.as_raw_fd(), libc::SOL_TLS, TLS_RX_EXPECT_NO_PAD, value, len) };
     Ok(Some(Kernel::default()))
+}
+
+/// What of `asked` the kernel will not do for another connection either. Anything else is about this one: the
+/// other side closed it already, which a peer may do at will, or memory is short.
+fn for_good(error: Errno, asked: u8) -> u8 {
+    match error {
+        // No module, a kernel without TLS, or with a TLS that does not know the cipher.
+        Errno::ENOENT | Errno::ENOPROTOOPT | Errno::EOPNOTSUPP => asked,
+        Errno::EINVAL if asked != NO_TLS => asked,
+        _ => 0,
+    }
+}
+
+/// A cipher's bit in [`REFUSED`].
+fn bit(info: &TlsCryptoInfo) -> u8 {
+    match info {
+        TlsCryptoInfo::Aes128Gcm(_) => 1 << 1,
+        TlsCryptoInfo::Aes256Gcm(_) => 1 << 2,
+        _ => 1 << 3,
+    }
 }
 
 /// One direction's keys as the kernel wants them.
@@ -186,4 +212,25 @@ pub(crate) fn close_notify(socket: &TcpStream) {
     let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
     // SAFETY: the message names memory that lives through the call. The peer sees the end in any case.
     unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const message, flags) };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_one_connection_is_refused_is_asked_for_the_next_unless_the_kernel_does_not_have_it() {
+        let secrets =
+            || ConnectionTrafficSecrets::Chacha20Poly1305 { key: [7; 32].into(), iv: [9; 12].into() };
+        let cipher = info(&(0, secrets())).map_or(0, |info| bit(&info));
+        assert!(cipher != 0 && cipher & NO_TLS == 0);
+        for missing in [Errno::ENOENT, Errno::ENOPROTOOPT, Errno::EOPNOTSUPP] {
+            assert_eq!(for_good(missing, NO_TLS), NO_TLS, "{missing}");
+            assert_eq!(for_good(missing, cipher), cipher, "only this cipher: {missing}");
+        }
+        assert_eq!((for_good(Errno::EINVAL, cipher), for_good(Errno::EINVAL, NO_TLS)), (cipher, 0));
+        for passing in [Errno::ENOTCONN, Errno::EPIPE, Errno::ECONNRESET, Errno::ENOMEM, Errno::ENOBUFS] {
+            assert_eq!((for_good(passing, NO_TLS), for_good(passing, cipher)), (0, 0), "{passing}");
+        }
+    }
 }
