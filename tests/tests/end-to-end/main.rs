@@ -10,6 +10,7 @@ mod mistakes;
 mod native;
 mod rdma;
 mod storm;
+mod transport;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
@@ -18,8 +19,16 @@ use std::time::Instant;
 type Test = fn() -> anyhow::Result<()>;
 
 /// Names begin with what a test needs: `native` ones need no lab PC.
-const ALL: &[&[(&str, Test)]] =
-    &[native::TESTS, lab_itself::TESTS, boot::TESTS, mistakes::TESTS, disk::TESTS, rdma::TESTS, storm::TESTS];
+const ALL: &[&[(&str, Test)]] = &[
+    native::TESTS,
+    lab_itself::TESTS,
+    boot::TESTS,
+    mistakes::TESTS,
+    disk::TESTS,
+    transport::TESTS,
+    rdma::TESTS,
+    storm::TESTS,
+];
 
 /// Takes what `cargo test` passes on: words that names have to contain, `--exact`, `--skip WORD`, `--list`. The
 /// outcome of each test is a line of its own, as `make test` counts it.
