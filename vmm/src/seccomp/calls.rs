@@ -151,8 +151,10 @@ const DISK: &[Call] = &[
     any(SYS_getpeername),
     any(SYS_getsockname),
     any(SYS_getsockopt),
+    any(SYS_recvfrom), // the handshake of TLS, and records that are made here
     any(SYS_recvmsg),
     any(SYS_sendmsg),
+    any(SYS_sendto),
     any(SYS_setsockopt),
     any(SYS_shutdown),
 ];
