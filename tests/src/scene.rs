@@ -7,10 +7,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
+use crate::guest::PATIENCE;
 use crate::images::{Image, binary, project};
 use crate::lab::Lab;
 use crate::network::Network;
 use crate::pc::Pc;
+use crate::runner::Process;
 
 /// The systemd unit, as packages install it.
 pub const UNIT: &str = "omega-agent.service";
@@ -29,8 +31,8 @@ pub struct Scene {
 }
 
 impl Scene {
-    /// Both PCs, with Omega's programs, its unit and the mini guest; `data` is where the helper's second disk
-    /// starts from. No agent runs yet.
+    /// Both PCs, with Omega's programs, its unit and the mini guest, in one household that began on the console;
+    /// `data` is where the helper's second disk starts from. No agent runs yet.
     pub fn new(name: &str, data: Option<&Path>) -> Result<Self> {
         let lab = Lab::new(name)?;
         let lan = lab.network("lan");
@@ -44,6 +46,8 @@ impl Scene {
         install_omega(&console)?;
         install_image(&console, &mini, "mini")?;
         install_agent(&helper)?;
+        console.run("omega ca init --name lab")?.ok()?;
+        join(&console, &helper, "helper", Role::Agent)?;
         Ok(Self { console, helper, lan, lab })
     }
 
@@ -63,6 +67,49 @@ impl Scene {
     /// The agent as `guest.toml` names it.
     pub fn agent(&self) -> String {
         self.helper.address()
+    }
+}
+
+/// What a node is there for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// It runs guests.
+    Console,
+    /// It serves volumes.
+    Agent,
+}
+
+/// Has `joiner` join the household as node `name`, as a user would: an invitation on the PC that has the
+/// authority, its token on the one that joins.
+pub fn join(authority: &Pc, joiner: &Pc, name: &str, role: Role) -> Result<()> {
+    let invitation = Invitation::new(authority, name, role)?;
+    let join = match role {
+        Role::Console => "omega join",
+        Role::Agent => "omega-agent join",
+    };
+    joiner.run(&format!("{join} {}", invitation.token))?.ok()?;
+    invitation.process.wait(PATIENCE)?.ok().map(drop)
+}
+
+/// An invitation that waits for its node.
+pub struct Invitation {
+    /// What `omega node invite` printed.
+    pub token: String,
+    /// `omega node invite`; it ends when the node has joined.
+    pub process: Process,
+}
+
+impl Invitation {
+    /// Invites node `name` by `omega node invite` on the PC that has the authority.
+    pub fn new(authority: &Pc, name: &str, role: Role) -> Result<Self> {
+        let role = match role {
+            Role::Console => "console",
+            Role::Agent => "agent",
+        };
+        let process = authority.spawn(&format!("exec omega node invite {name} --role {role}"))?;
+        // The token is the only thing on its standard output.
+        let token = process.expect("\n", PATIENCE)?.trim().to_owned();
+        Ok(Self { token, process })
     }
 }
 
@@ -90,7 +137,7 @@ pub fn install_agent(pc: &Pc) -> Result<()> {
 /// Configures the agent of a PC to listen on `address` and serve these volumes (name and path), and starts it
 /// by its unit. Files that are missing are made, 256 MiB each.
 pub fn serve(pc: &Pc, address: &str, volumes: &[(&str, &str)]) -> Result<()> {
-    let mut config = format!("listen = \"{address}:7420\"\ninsecure = true\n");
+    let mut config = format!("listen = \"{address}:7420\"\n");
     let mut devices = String::new();
     for (name, path) in volumes {
         config += &format!("\n[[volume]]\nname = \"{name}\"\npath = \"{path}\"\n");

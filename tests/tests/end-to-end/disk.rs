@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, ensure};
 use lab::Guest;
 use lab::images::Image;
-use lab::scene::{Scene, install_agent, serve};
+use lab::scene::{Role, Scene, install_agent, join, serve};
 
 pub(crate) const TESTS: &[(&str, crate::Test)] = &[
     ("disk::a_volume_on_the_second_pc_is_read_and_written", a_volume_on_the_second_pc_is_read_and_written),
@@ -38,8 +38,12 @@ fn a_volume_on_the_second_pc_is_read_and_written() -> Result<()> {
 fn the_agent_may_be_on_the_same_pc() -> Result<()> {
     let scene = Scene::new("same-pc", None)?;
     install_agent(&scene.console)?;
+    // The PC is two nodes: root's console, and the agent, whose service has an identity of its own.
+    join(&scene.console, &scene.console, "console-disks", Role::Agent)?;
     serve(&scene.console, "127.0.0.1", &[("v", "/srv/omega/v.raw")])?;
-    let output = Guest::mini("mini", "write").remote_disk("127.0.0.1", "v", "").run(&scene.console)?;
+    let output = Guest::mini("mini", "write")
+        .remote_disk("127.0.0.1", "v", "node = \"console-disks\"")
+        .run(&scene.console)?;
     ensure!(output.code == 0 && output.text().contains("omega-mini: ok: write"), "{}", output.all());
     Ok(())
 }

@@ -5,6 +5,7 @@
 
 mod boot;
 mod disk;
+mod identity;
 mod lab_itself;
 mod mistakes;
 mod native;
@@ -26,6 +27,7 @@ const ALL: &[&[(&str, Test)]] = &[
     mistakes::TESTS,
     disk::TESTS,
     transport::TESTS,
+    identity::TESTS,
     rdma::TESTS,
     storm::TESTS,
 ];
