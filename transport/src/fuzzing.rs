@@ -10,7 +10,7 @@ use crate::core::asker::{Asker, Identity};
 use crate::core::stream::{Decoder, Outqueue};
 use crate::server::{Event, Limits, Sessions};
 use crate::sessions::Claimant;
-use crate::wire::{Body, Class, HEADER, Header, Hello, PREFACE, Preface, Status, VERSION};
+use crate::wire::{Body, Class, HEADER, Header, Hello, PREFACE, Preface, Status, VERSION, rdma};
 
 pub use crate::identity::fuzzing::fuzz_identity;
 
@@ -99,6 +99,27 @@ pub fn fuzz_tls_records(data: &[u8]) {
     crate::link::tls::records::exercise(data);
 }
 
+/// What comes over RDMA, or is agreed on before: what decodes makes sense, and encodes to the same bytes.
+pub fn fuzz_rdma(data: &[u8]) {
+    if let Ok(place) = rdma::Place::decode(data) {
+        let again = place.encode();
+        assert_eq!(rdma::Place::decode(&again), Ok(place));
+    }
+    let Ok((credits, message)) = rdma::decode(data) else { return };
+    let rdma::Message::Frame { header, body, inline, payload, answer } = message else { return };
+    assert!(
+        payload.len() <= rdma::SEGMENTS && answer.len() <= rdma::SEGMENTS && inline.len() <= rdma::INLINE
+    );
+    let sum = |list: &[rdma::Segment]| list.iter().map(|s| s.len as usize).sum::<usize>();
+    assert!(payload.is_empty() || sum(&payload) == header.payload_len as usize);
+    assert!(answer.is_empty() || sum(&answer) == header.answer_len as usize);
+    let mut head = header.encode().to_vec();
+    head.extend_from_slice(body);
+    let mut again = vec![0; data.len()];
+    let len = rdma::encode_frame(&mut again, credits, &head, inline, &payload, &answer);
+    assert_eq!((len, &again[..]), (Some(data.len()), data));
+}
+
 /// A well-formed conversation of each side, to start from.
 #[must_use]
 pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
@@ -172,12 +193,31 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
         records.extend_from_slice(inner);
     }
     records.extend([0, 9, 0, 23, 3, 3, 0, 4, 1, 2, 3, 4]);
+    let place = rdma::Place {
+        gid: [1; 16],
+        queue_pair: 17,
+        packet: 99,
+        lid: 0,
+        mtu: 3,
+        infiniband: false,
+        reads: 16,
+        slots: 64,
+        slot: rdma::SLOT as u32,
+    };
+    let segment = |len| rdma::Segment { address: 0x7000_0000_0000, len, key: 5 };
+    let header = Header { body_len: 4, payload_len: 4096, ..request(7, 0, 8192, 5) };
+    let head = [&header.encode()[..], b"body"].concat();
+    let mut message = vec![0; rdma::SLOT];
+    let len = rdma::encode_frame(&mut message, 3, &head, &[], &[segment(4096)], &[segment(8192)]);
+    message.truncate(len.unwrap_or(0));
     vec![
         ("requests", requests),
         ("replies", replies),
         ("wire", wire),
         ("wire", greeting),
         ("tls_records", records),
+        ("rdma", place.encode().to_vec()),
+        ("rdma", message),
     ]
 }
 
@@ -191,6 +231,7 @@ mod tests {
             "requests" => fuzz_requests,
             "replies" => fuzz_replies,
             "tls_records" => fuzz_tls_records,
+            "rdma" => fuzz_rdma,
             _ => fuzz_wire,
         }
     }
@@ -224,7 +265,7 @@ mod tests {
             (dice >> 20) as usize % sides.max(1)
         };
         let mut ran = 0;
-        for name in ["requests", "replies", "wire", "tls_records"] {
+        for name in ["requests", "replies", "wire", "rdma", "tls_records"] {
             let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fuzz/corpus").join(name);
             let files = std::fs::read_dir(&folder).expect("the corpus is there");
             let mut corpus: Vec<Vec<u8>> =

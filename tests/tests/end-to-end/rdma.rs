@@ -24,12 +24,10 @@ const CUTS: usize = 2;
 
 /// Gives a PC a soft-RoCE device on its network card. `false`: this image's kernel has none.
 fn soft_roce(pc: &Pc) -> Result<bool> {
-    let card =
-        "$(ip -o route get 10.255.255.254 2>/dev/null | sed -n 's/.* dev \\([^ ]*\\).*/\\1/p' | head -1)";
-    let done: Output = pc.run(&format!(
-        "modprobe rdma_rxe && card={card}; [ -n \"$card\" ] || card=$(ls /sys/class/net | grep -v lo | head -1); \
-         rdma link add rxe0 type rxe netdev $card && rdma link show"
-    ))?;
+    let done: Output = pc.run(
+        "modprobe rdma_rxe && rdma link add rxe0 type rxe netdev $(ls /sys/class/net | grep -v -x lo | head -1) \
+         && rdma link show",
+    )?;
     if !done.success() {
         eprintln!("cannot run: this PC's kernel has no soft-RoCE: {}", done.all());
     }
@@ -39,15 +37,16 @@ fn soft_roce(pc: &Pc) -> Result<bool> {
 /// Drops, or lets through, what RoCE sends. TCP is not touched.
 fn cut(pc: &Pc, cut: bool) -> Result<()> {
     let command = if cut {
-        "nft 'table inet cut { chain in { type filter hook input priority 0; udp dport 4791 counter drop; } }'"
+        "nft add table inet cut && nft add chain inet cut c '{ type filter hook input priority 0 ; }' && \
+         nft add rule inet cut c udp dport 4791 counter drop"
     } else {
         "nft list table inet cut | grep counter; nft delete table inet cut"
     };
-    let output = pc.run(command)?;
+    let output = pc.run(command)?.ok()?;
     if !cut {
-        println!("  RoCE packets dropped: {}", output.text().trim());
+        println!("  RoCE packets dropped meanwhile: {}", output.trim());
     }
-    output.ok().map(drop)
+    Ok(())
 }
 
 /// How often the log of `omega run` says this.

@@ -1,6 +1,6 @@
 //! The bytes of version 1, recorded. A change here is a change of the wire format and needs a new version.
 
-use super::{Class, Fault, Flags, Header, Hello, Kind, PREFACE, Preface, Role};
+use super::{Class, Fault, Flags, Header, Hello, Kind, PREFACE, Preface, Role, rdma};
 
 const HELLO: [u8; 109] = *b"omega\r\n\x1a\
     \x01\x00\x01\x00\x5d\x00\x00\x00\
@@ -87,6 +87,56 @@ fn frames_have_the_recorded_bytes() {
     ] {
         assert_eq!(Header::new(kind).encode()[0], byte);
     }
+}
+
+const PLACE: [u8; 48] = *b"\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\xff\xff\x0a\x4d\x00\x02\
+    \x11\x00\x00\x00\x56\x34\x12\x00\
+    \x00\x00\x03\x00\x10\x00\x40\x00\x00\x12\x00\x00\
+    \x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00";
+
+const MESSAGE: [u8; 60] = *b"\x01\x00\x07\x00\x01\x00\x00\x00\
+    \x01\x03\x02\x01\x01\x00\x04\x00\
+    \x00\x10\x00\x00\x00\x00\x00\x00\
+    \x88\x77\x66\x55\x44\x33\x22\x11\
+    \x05\x00\x00\x00\x00\x00\x00\x00\
+    \x00\x00\xad\xde\x00\x7f\x00\x00\x00\x10\x00\x00\x0d\x0c\x0b\x0a\
+    body";
+
+#[test]
+fn what_version_2_says_about_rdma_has_the_recorded_bytes() {
+    let place = rdma::Place {
+        gid: [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 10, 77, 0, 2],
+        queue_pair: 17,
+        packet: 0x0012_3456,
+        lid: 0,
+        mtu: 3,
+        infiniband: false,
+        reads: 16,
+        slots: 64,
+        slot: 4608,
+    };
+    assert_eq!(place.encode(), PLACE);
+    assert_eq!(rdma::Place::decode(&PLACE), Ok(place));
+    let segment = rdma::Segment { address: 0x7f00_dead_0000, len: 4096, key: 0x0a0b_0c0d };
+    let head = [&REQUEST[..], b"body"].concat();
+    let mut slot = [0; rdma::SLOT];
+    let len = rdma::encode_frame(&mut slot, 7, &head, &[], &[segment], &[]).expect("it fits");
+    assert_eq!(slot[..len], MESSAGE);
+    let (credits, message) = rdma::decode(&MESSAGE).expect("it makes sense");
+    let rdma::Message::Frame { header, body, payload, .. } = message else { panic!("a frame") };
+    assert_eq!((credits, header.encode(), body), (7, REQUEST, &b"body"[..]));
+    assert_eq!(payload[..], [segment]);
+    for (at, byte) in [(0, 4), (1, 1), (4, 2), (4, 200), (6, 1), (8, 7), (16, 1), (48, 1), (51, 0xff)] {
+        let mut wrong = MESSAGE;
+        wrong[at] = byte;
+        assert!(rdma::decode(&wrong).is_err(), "byte {at} is {byte}");
+    }
+    for (at, byte) in [(19, 1), (23, 1), (26, 0), (26, 6), (27, 2), (30, 3), (33, 1)] {
+        let mut wrong = PLACE;
+        wrong[at] = byte;
+        assert!(rdma::Place::decode(&wrong).is_err(), "byte {at} is {byte}");
+    }
+    assert!(rdma::decode(&MESSAGE[..59]).is_err() && rdma::Place::decode(&PLACE[..47]).is_err());
 }
 
 #[test]
