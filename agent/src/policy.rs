@@ -1,6 +1,7 @@
 //! Who may use what of this PC: the `[[allow]]` tables of `agent.toml`.
 //!
-//! A table applies to the nodes that one of its patterns names; what a node may do is what any table that applies
+//! A table applies to the consoles that one of its patterns names, and to a helper only if it names that helper
+//! itself, without `*`: whoever writes `*` thinks of the PCs that run guests. What a node may do is what any table that applies
 //! to it says. Without a table the household's consoles may use every volume, and nobody else anything.
 
 use std::fmt;
@@ -70,7 +71,8 @@ impl Policy {
         if self.rules.is_empty() {
             return console.then_some(Access::Write);
         }
-        let rules = self.rules.iter().filter(|rule| rule.is_for(name) && matches_any(&rule.volumes, volume));
+        let fits = |rule: &&Allow| rule.is_for(name, console) && matches_any(&rule.volumes, volume);
+        let rules = self.rules.iter().filter(fits);
         rules.map(|rule| rule.access).max()
     }
 
@@ -86,7 +88,9 @@ impl Policy {
         match asker {
             Asker::Unproven => true,
             Asker::Node { console, .. } if self.rules.is_empty() => *console || self.is_own(asker),
-            Asker::Node { name, .. } => self.is_own(asker) || self.rules.iter().any(|rule| rule.is_for(name)),
+            Asker::Node { name, console } => {
+                self.is_own(asker) || self.rules.iter().any(|rule| rule.is_for(name, *console))
+            }
         }
     }
 
@@ -138,8 +142,8 @@ impl fmt::Display for Allow {
 }
 
 impl Allow {
-    fn is_for(&self, node: &str) -> bool {
-        matches_any(&self.nodes, node)
+    fn is_for(&self, node: &str, console: bool) -> bool {
+        if console { matches_any(&self.nodes, node) } else { self.nodes.iter().any(|name| name == node) }
     }
 }
 
@@ -221,12 +225,27 @@ mod tests {
         );
         assert_eq!(policy.access(&node("desk"), "root"), Some(Access::Read));
         assert_eq!(policy.access(&node("desk"), "scratch-1"), Some(Access::Write));
-        assert_eq!(policy.access(&helper("lap-7"), "scratch-1"), Some(Access::Read));
+        assert_eq!(policy.access(&node("lap-7"), "scratch-1"), Some(Access::Read));
         assert_eq!(policy.access(&node("desk"), "secret"), None);
         assert_eq!(policy.access(&node("stranger"), "root"), None, "a console that no table names");
         assert!(!policy.shows_inventory(&node("stranger")));
         assert!(policy.shows_inventory(&node("desk")));
         assert!(policy.refusal(&node("stranger"), "root").contains("node stranger may not use volume root"));
+    }
+
+    #[test]
+    fn a_helper_needs_its_whole_name_in_a_table() {
+        let policy = Policy::new(
+            &[rule(&["*", "sh*"], &["root"], Access::Write), rule(&["shed"], &["films"], Access::Read)],
+            Some("attic".into()),
+        );
+        assert_eq!(policy.access(&node("sheep"), "root"), Some(Access::Write));
+        for helper in [helper("sheep"), helper("shed")] {
+            assert_eq!(policy.access(&helper, "root"), None, "{helper}: `*` means consoles");
+        }
+        assert!(!policy.shows_inventory(&helper("sheep")));
+        assert_eq!(policy.access(&helper("shed"), "films"), Some(Access::Read));
+        assert!(policy.shows_inventory(&helper("shed")));
     }
 
     #[test]
