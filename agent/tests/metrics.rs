@@ -135,7 +135,9 @@ fn check_histograms(samples: &[Sample]) {
 
 fn scrape(address: &str) -> Vec<Sample> {
     let mut socket = TcpStream::connect(address).expect("it listens");
-    socket.write_all(b"GET /metrics HTTP/1.1\r\nHost: agent\r\nAccept: */*\r\n\r\n").expect("it is taken");
+    socket
+        .write_all(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nAccept: */*\r\n\r\n")
+        .expect("it is taken");
     let mut answer = String::new();
     socket.read_to_string(&mut answer).expect("it is answered");
     let (head, body) = answer.split_once("\r\n\r\n").expect("a head");

@@ -100,7 +100,7 @@ pub(crate) fn text(facts: &Facts, peers: &[Snapshot]) -> String {
     text.sample("info", &[("version", env!("CARGO_PKG_VERSION")), ("name", &facts.name)], 1);
     text.family("start_time_seconds", Gauge, "When the agent started, in seconds since 1970.");
     text.sample("start_time_seconds", &[], facts.started.as_millis() as f64 / 1000.0);
-    text.family("connections", Gauge, "Connections that are served now, also those without a hello.");
+    text.family("connections", Gauge, "Connections that are served now, of peers whose hello came.");
     text.sample("connections", &[], facts.connections);
 
     text.peers(peers, "peer_connections", Gauge, "Connections of the peer that are open.", |p| p.connections);

@@ -1,10 +1,12 @@
 //! `GET /metrics`, and a clear answer to everything else.
 //!
-//! One request a connection and one connection at a time: whoever is slow is cut off, so the next one's wait
-//! has a bound, and so has the memory. See RFC 9112 for what is read and written here.
+//! One request a connection and few connections at a time: whoever is slow is cut off, so the next one's wait
+//! has a bound, and so has the memory. The name that is asked for must be an address, `localhost` or this agent's:
+//! a page in a browser on this network could otherwise read the numbers under a name of its own that it lets point
+//! here. See RFC 9112 for what is read and written here.
 
 use std::io::{self, Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{Ipv4Addr, Ipv6Addr, TcpListener, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -27,9 +29,9 @@ enum Verdict {
 }
 
 /// Answers requests until the process ends.
-pub(super) fn serve(listener: &TcpListener, text: impl Fn() -> String) {
+pub(super) fn serve(listener: &TcpListener, own: &str, text: impl Fn() -> String) {
     loop {
-        let result = listener.accept().and_then(|(socket, _)| answer(socket, &text));
+        let result = listener.accept().and_then(|(socket, _)| answer(socket, own, &text));
         match result {
             Ok(()) => {}
             // A peer that is slow or gone is its own affair.
@@ -59,9 +61,9 @@ fn is_peers(why: &io::Error) -> bool {
     )
 }
 
-fn answer(mut socket: TcpStream, text: &impl Fn() -> String) -> io::Result<()> {
+fn answer(mut socket: TcpStream, own: &str, text: &impl Fn() -> String) -> io::Result<()> {
     let head = read_head(&mut socket)?;
-    let verdict = judge(head.as_deref());
+    let verdict = judge(head.as_deref(), own);
     let (status, format, body, head_only) = match verdict {
         Verdict::Metrics { head_only } => ("200 OK", FORMAT, text(), head_only),
         Verdict::Refused(status, why) => (status, "text/plain; charset=utf-8", format!("{why}\n"), false),
@@ -123,9 +125,9 @@ fn write_all(socket: &mut TcpStream, mut bytes: &[u8]) -> io::Result<()> {
     Ok(())
 }
 
-/// What the request with this head gets. The head's fields mean nothing here: there is no body to a `GET`, and
-/// one format.
-fn judge(head: Option<&[u8]>) -> Verdict {
+/// What the request with this head gets from the agent `own`. Of the head's fields only `Host` means something
+/// here: there is no body to a `GET`, and one format.
+fn judge(head: Option<&[u8]>, own: &str) -> Verdict {
     let Some(head) = head else {
         return Verdict::Refused("431 Request Header Fields Too Large", "The request's head is too long");
     };
@@ -144,6 +146,16 @@ fn judge(head: Option<&[u8]>) -> Verdict {
             false => malformed,
         };
     }
+    match hosts(head).as_slice() {
+        // Which only the old version allows (RFC 9112, 3.2).
+        [] if version == "HTTP/1.0" => {}
+        [host] if is_ours(host, own) => {}
+        [_] => {
+            let why = "Ask for the address of this PC, `localhost` or the agent's name";
+            return Verdict::Refused("421 Misdirected Request", why);
+        }
+        _ => return Verdict::Refused("400 Bad Request", "There must be one Host"),
+    }
     let path = target.split('?').next().unwrap_or_default();
     match (method, path) {
         ("GET", "/metrics") => Verdict::Metrics { head_only: false },
@@ -153,12 +165,41 @@ fn judge(head: Option<&[u8]>) -> Verdict {
     }
 }
 
+/// The values of the fields `Host`.
+fn hosts(head: &[u8]) -> Vec<&[u8]> {
+    let lines = head.split(|byte| *byte == b'\n').skip(1);
+    let fields = lines.filter_map(|line| {
+        let colon = line.iter().position(|byte| *byte == b':')?;
+        Some((line.get(..colon)?, line.get(colon + 1..)?))
+    });
+    fields
+        .filter(|(name, _)| name.eq_ignore_ascii_case(b"host"))
+        .map(|(_, value)| value.trim_ascii())
+        .collect()
+}
+
+/// Whether `host`, with or without a port, cannot be a name that somebody else lets point here.
+fn is_ours(host: &[u8], own: &str) -> bool {
+    let Ok(host) = std::str::from_utf8(host) else { return false };
+    let is_port = |port: &str| !port.is_empty() && port.bytes().all(|byte| byte.is_ascii_digit());
+    let name = match host.rsplit_once(':') {
+        Some((name, port)) if is_port(port) && (!name.contains(':') || name.ends_with(']')) => name,
+        _ => host,
+    };
+    let bare = name.strip_prefix('[').and_then(|name| name.strip_suffix(']'));
+    let is_address = match bare {
+        Some(v6) => v6.parse::<Ipv6Addr>().is_ok(),
+        None => name.parse::<Ipv4Addr>().is_ok(),
+    };
+    is_address || [own, "localhost"].iter().any(|ours| name.eq_ignore_ascii_case(ours))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn verdict(head: &str) -> String {
-        match judge(Some(head.as_bytes())) {
+        match judge(Some(head.as_bytes()), "pc2") {
             Verdict::Metrics { head_only } => format!("metrics {head_only}"),
             Verdict::Refused(status, _) => status.chars().take(3).collect(),
         }
@@ -167,12 +208,12 @@ mod tests {
     #[test]
     fn only_a_get_of_metrics_gets_them() {
         for (head, expected) in [
-            ("GET /metrics HTTP/1.1\r\nHost: a", "metrics false"),
+            ("GET /metrics HTTP/1.1\r\nHost: 10.0.0.1", "metrics false"),
             ("GET /metrics?x=1 HTTP/1.0", "metrics false"),
-            ("HEAD /metrics HTTP/1.1", "metrics true"),
-            ("POST /metrics HTTP/1.1", "405"),
-            ("GET / HTTP/1.1", "404"),
-            ("GET /metrics/ HTTP/1.1", "404"),
+            ("HEAD /metrics HTTP/1.1\r\nHost: pc2", "metrics true"),
+            ("POST /metrics HTTP/1.1\r\nHost: pc2", "405"),
+            ("GET / HTTP/1.1\r\nHost: pc2", "404"),
+            ("GET /metrics/ HTTP/1.1\r\nHost: pc2", "404"),
             ("GET /metrics HTTP/2", "505"),
             ("GET /metrics", "400"),
             ("GET  /metrics HTTP/1.1", "400"),
@@ -181,8 +222,49 @@ mod tests {
         ] {
             assert_eq!(verdict(head), expected, "{head:?}");
         }
-        assert!(matches!(judge(None), Verdict::Refused(status, _) if status.starts_with("431")));
-        assert!(matches!(judge(Some(b"\xff\xfe")), Verdict::Refused(status, _) if status.starts_with("400")));
+        assert!(matches!(judge(None, "pc2"), Verdict::Refused(status, _) if status.starts_with("431")));
+        assert!(
+            matches!(judge(Some(b"\xff\xfe"), "pc2"), Verdict::Refused(status, _) if status.starts_with("400"))
+        );
+    }
+
+    #[test]
+    fn a_name_that_somebody_else_may_let_point_here_is_refused() {
+        for host in
+            ["127.0.0.1", "10.0.0.1:9742", "[::1]", "[fd00::7]:9742", "LOCALHOST:9742", "Pc2", " pc2:1 "]
+        {
+            let head = format!("GET /metrics HTTP/1.1\r\nAccept: */*\r\nhOST: {host}\r\nX: y");
+            assert_eq!(verdict(&head), "metrics false", "{host}");
+        }
+        for host in [
+            "evil.example",
+            "evil.example:9742",
+            "127.0.0.1.evil.example",
+            "pc2.evil.example",
+            "",
+            "::1",
+            "[::1",
+        ] {
+            assert_eq!(verdict(&format!("GET /metrics HTTP/1.1\r\nHost: {host}")), "421", "{host}");
+        }
+        assert_eq!(verdict("GET /metrics HTTP/1.1"), "400", "no host");
+        assert_eq!(verdict("GET /metrics HTTP/1.1\r\nHost: pc2\r\nHost: evil"), "400", "two");
+    }
+
+    #[test]
+    fn a_client_that_is_slow_keeps_no_other_waiting() {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+        let address = listener.local_addr().expect("an address");
+        crate::metrics::answer_on(&std::sync::Arc::new(listener), "pc2", || "omega 1\n".to_owned())
+            .expect("threads");
+        let _slow = TcpStream::connect(address).expect("it listens");
+        let started = Instant::now();
+        let mut socket = TcpStream::connect(address).expect("it listens");
+        socket.write_all(b"GET /metrics HTTP/1.1\r\nHost: pc2\r\n\r\n").expect("it is taken");
+        let mut text = String::new();
+        socket.read_to_string(&mut text).expect("text");
+        assert!(text.ends_with("omega 1\n"), "{text}");
+        assert!(started.elapsed() < READ_WITHIN, "{:?}", started.elapsed());
     }
 
     fn ask(request: &[u8]) -> (Vec<u8>, io::Result<()>) {
@@ -190,7 +272,7 @@ mod tests {
         let address = listener.local_addr().expect("an address");
         let server = thread::spawn(move || {
             let (socket, _) = listener.accept()?;
-            answer(socket, &|| "omega 1\n".to_owned())
+            answer(socket, "pc2", &|| "omega 1\n".to_owned())
         });
         let mut socket = TcpStream::connect(address).expect("it listens");
         socket.write_all(request).expect("it is taken");
@@ -202,14 +284,14 @@ mod tests {
 
     #[test]
     fn an_answer_has_its_length_and_its_format() {
-        let (answer, result) = ask(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n");
+        let (answer, result) = ask(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n");
         result.expect("it is answered");
         let text = String::from_utf8(answer).expect("text");
         let (head, body) = text.split_once("\r\n\r\n").expect("a head");
         assert!(head.starts_with("HTTP/1.1 200 OK\r\n"), "{head}");
         assert!(head.contains("Content-Length: 8") && head.contains("version=0.0.4"), "{head}");
         assert_eq!(body, "omega 1\n");
-        let (answer, _) = ask(b"HEAD /metrics HTTP/1.1\r\n\r\n");
+        let (answer, _) = ask(b"HEAD /metrics HTTP/1.0\r\n\r\n");
         assert!(answer.ends_with(b"\r\n\r\n"), "a HEAD has no body");
     }
 

@@ -4,6 +4,7 @@
 mod exposition;
 mod http;
 
+use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::thread;
@@ -13,6 +14,9 @@ use crate::Error;
 use crate::serve::Agent;
 
 pub(crate) use exposition::Facts;
+
+/// So many requests at once: whoever is slow keeps Prometheus out only with as many connections.
+const THREADS: usize = 3;
 
 /// Serves the agent's numbers at `address` as long as the process lives.
 ///
@@ -31,11 +35,24 @@ pub(crate) fn start(address: SocketAddr, agent: &Arc<Agent>) -> Result<(), Error
         );
     }
     let started = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    let agent = Arc::clone(agent);
+    let (agent, name) = (Arc::clone(agent), agent.name());
     let text = move || {
         let (name, connections) = (agent.name(), agent.connections());
         exposition::text(&Facts { name, started, connections }, &agent.metrics.snapshot())
     };
-    let body = move || http::serve(&listener, text);
-    thread::Builder::new().name("metrics".to_owned()).spawn(body).map(drop).map_err(failed)
+    answer_on(&Arc::new(listener), &name, text).map_err(failed)
+}
+
+/// Answers requests for this PC or the agent `name` on [`THREADS`] threads.
+fn answer_on(
+    listener: &Arc<TcpListener>,
+    name: &str,
+    text: impl Fn() -> String + Clone + Send + 'static,
+) -> io::Result<()> {
+    for _ in 0..THREADS {
+        let (listener, name, text) = (Arc::clone(listener), name.to_owned(), text.clone());
+        let body = move || http::serve(&listener, &name, text);
+        thread::Builder::new().name("metrics".to_owned()).spawn(body)?;
+    }
+    Ok(())
 }
