@@ -50,7 +50,8 @@ impl Holder {
 impl fmt::Display for Holder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.node {
-            Some(node) => write!(f, "{} (node {node})", self.name),
+            // What is proven comes first, and the rest cannot be taken for it.
+            Some(node) => write!(f, "node {node} (calls itself {:?})", self.name),
             None => f.write_str(&self.name),
         }
     }
@@ -335,7 +336,10 @@ mod tests {
             assert!(matches!(table.check(lease, other, writable), Err(Refused::Fenced(_))), "{other:?}");
             assert_eq!(table.release(lease, other), Ok(None), "{other:?}");
             let again = table.acquire(&ask(1, epoch), other, GONE);
-            assert!(matches!(again, Err(Refused::Fenced(why)) if why.contains("(node desk)")), "{other:?}");
+            assert!(
+                matches!(again, Err(Refused::Fenced(why)) if why.contains("node desk (calls itself \"guest-1\")")),
+                "{other:?}"
+            );
             let anew = table.acquire(&ask(1, 0), other, QUIET);
             assert!(matches!(anew, Err(Refused::Leased { .. })), "{other:?}: {anew:?}");
         }

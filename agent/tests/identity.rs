@@ -59,7 +59,7 @@ fn a_console_of_the_household_uses_a_volume_of_the_node_that_it_expects_and_of_n
     let mut disk = Driver::new(disk);
     disk.write(4096, &[7; 512]).expect("it writes");
     assert_eq!(disk.read(4096, 512), [7; 512]);
-    assert!(agent.log().contains("(node desk)"), "{}", agent.log());
+    assert!(agent.log().contains("node desk (calls itself"), "{}", agent.log());
     disk.close();
     let other = connect(options(&agent, "v", &desk, Some("pc3")), Duration::from_secs(3));
     assert!(matches!(other, Err(ConnectError::Unreachable { .. })), "it is not pc3");

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use transport::metrics::Operations;
-use transport::wire::{Body, Status};
+use transport::wire::{Body, Status, is_invisible};
 
 use super::{Error, Geometry};
 
@@ -215,11 +215,11 @@ impl<'a> Reader<'a> {
         self.array().map(u128::from_le_bytes)
     }
 
-    /// A length in two bytes and as much UTF-8 without control characters, since it goes to logs.
+    /// A length in two bytes and as much UTF-8 without characters that change what is shown around them, since it goes to logs.
     fn text(&mut self, most: usize) -> Result<String, Malformed> {
         let len = usize::from(u16::from_le_bytes(self.array()?));
         let text = std::str::from_utf8(self.take(len)?).map_err(|_| Malformed(self.what))?;
-        if len > most || text.chars().any(char::is_control) {
+        if len > most || text.chars().any(is_invisible) {
             return Err(Malformed(self.what));
         }
         Ok(text.to_owned())
@@ -231,7 +231,7 @@ impl<'a> Reader<'a> {
 }
 
 fn put_text(out: &mut Body, text: &str, most: usize) {
-    let clean: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+    let clean: String = text.chars().map(|c| if is_invisible(c) { ' ' } else { c }).collect();
     let mut end = clean.len().min(most);
     while !clean.is_char_boundary(end) {
         end -= 1;

@@ -146,6 +146,9 @@ pub enum Fault {
     /// No room for another session.
     #[error("The peer serves as many sessions as it can")]
     Full,
+    /// No room for another connection of the same node.
+    #[error("The peer serves as many connections of this node as one node may have")]
+    Crowded,
     /// Nothing came for too long.
     #[error("Nothing was heard from the peer for {0} ms")]
     Silent(u64),
@@ -176,6 +179,31 @@ impl From<std::io::Error> for Fault {
 pub(crate) fn printable(text: &[u8]) -> String {
     String::from_utf8_lossy(&text[..text.len().min(200)])
         .chars()
-        .map(|c| if c.is_control() { '?' } else { c })
+        .map(|c| if is_invisible(c) { '?' } else { c })
         .collect()
+}
+
+/// Whether `c` in a peer's text could change how the text around it is read or shown: control characters, line and
+/// paragraph separators, and format characters (Unicode's general category Cf), as those that turn the direction.
+#[must_use]
+pub fn is_invisible(c: char) -> bool {
+    c.is_control()
+        || matches!(c,
+            '\u{ad}' | '\u{600}'..='\u{605}' | '\u{61c}' | '\u{6dd}' | '\u{70f}' | '\u{890}'..='\u{891}' | '\u{8e2}'
+            | '\u{180e}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}'
+            | '\u{fff9}'..='\u{fffb}' | '\u{110bd}' | '\u{110cd}' | '\u{13430}'..='\u{1343f}'
+            | '\u{1bca0}'..='\u{1bca3}' | '\u{1d173}'..='\u{1d17a}' | '\u{e0000}'..='\u{e007f}')
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_peers_text_cannot_turn_hide_or_break_the_line_that_shows_it() {
+        let text = "a\nb\u{2028}c\u{202e}d\u{200b}e\u{feff}f\u{85}";
+        assert_eq!(printable(text.as_bytes()), "a?b?c?d?e?f?");
+        let plain = "Grüße, 机 e\u{301} (node attic)";
+        assert_eq!(printable(plain.as_bytes()), plain);
+    }
 }
