@@ -83,7 +83,8 @@ pub struct Volume {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Allow {
-    /// Which nodes: names, in which `*` stands for any characters.
+    /// Which nodes: names, in which `*` stands for any characters of a console's. A node that is no console needs
+    /// its whole name here.
     pub nodes: Vec<String>,
     /// Which volumes, in the same way.
     #[serde(default)]
@@ -208,6 +209,12 @@ impl Config {
     pub fn state_folder(&self) -> PathBuf {
         let systemd = || std::env::var_os("STATE_DIRECTORY").map(PathBuf::from);
         self.state.clone().or_else(systemd).unwrap_or_else(|| PathBuf::from("/var/lib/omega-agent"))
+    }
+
+    /// Whether somebody said where the identity is: then there must be one.
+    #[must_use]
+    pub fn names_identity(&self) -> bool {
+        self.identity.is_some() || std::env::var_os("OMEGA_IDENTITY").is_some_and(|path| !path.is_empty())
     }
 
     /// Where this PC's identity is, if it has one. Beside the leases, in the one folder that is the service's

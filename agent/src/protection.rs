@@ -1,11 +1,13 @@
 //! What keeps strangers from this PC: its identity, or the word that there is none.
 
+use std::fs;
+use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use transport::identity::{self, Identity, Reloading, Role, Security};
+use transport::identity::{self, Identity, NodeName, Reloading, Role, Security};
 
 use crate::config::Config;
 use crate::policy::Policy;
@@ -45,6 +47,32 @@ pub enum Error {
     /// There is an identity, and it cannot be used. The agent does not go on without it.
     #[error("{0}")]
     Identity(#[from] identity::Error),
+    /// `insecure` stands beside an identity's folder in which there is none.
+    #[error(
+        "`insecure = true` would serve everybody on {address}, but {identity} is there and no identity is in it: \
+         run `omega-agent join TOKEN` again and remove `insecure`, or remove the folder if this PC is to have none",
+        identity = identity.display()
+    )]
+    Emptied {
+        /// The address.
+        address: SocketAddr,
+        /// Where the identity should be.
+        identity: PathBuf,
+    },
+    /// This PC had an identity, and it is gone.
+    #[error(
+        "This PC was the node {node}, and its identity in {identity} is gone; run `omega-agent join TOKEN` again, or \
+         remove {mark} if it is to be served without one, by plain TCP",
+        identity = identity.display(), mark = mark.display()
+    )]
+    Lost {
+        /// Its name then.
+        node: String,
+        /// Where the identity was looked for.
+        identity: PathBuf,
+        /// What remembers it.
+        mark: PathBuf,
+    },
     /// Guests would refuse this agent.
     #[error(
         "{name} in {identity} is no agent by its certificate; run `omega node invite NAME --role agent` on the \
@@ -108,6 +136,12 @@ impl Protection {
         if !config.allow.is_empty() {
             return Err(Error::Unproven { identity });
         }
+        if config.insecure && identity.exists() {
+            return Err(Error::Emptied { address, identity });
+        }
+        if let Some(node) = joined(config) {
+            return Err(Error::Lost { node, identity, mark: mark(config) });
+        }
         let warnings = if open { vec![format!("INSECURE: {address}: {INSECURE}")] } else { Vec::new() };
         Ok(Self { security: Security::Plain, policy: Policy::new(&[], None), warnings })
     }
@@ -131,10 +165,38 @@ impl Protection {
 /// The identity, `None` if there is none and none was named.
 fn identity_of(config: &Config) -> Result<Option<Arc<Reloading>>, Error> {
     let folder = config.identity_folder();
-    Ok(match config.identity {
-        Some(_) => Some(Reloading::load(&folder)?),
-        None => Reloading::find(&folder)?,
-    })
+    Ok(if config.names_identity() { Some(Reloading::load(&folder)?) } else { Reloading::find(&folder)? })
+}
+
+/// What remembers that this PC had an identity, beside its leases.
+fn mark(config: &Config) -> PathBuf {
+    config.state_folder().join("joined")
+}
+
+/// The node that this PC was when it last served with an identity. A mark that cannot be read is one all the same.
+fn joined(config: &Config) -> Option<String> {
+    let unknown = || "?".to_owned();
+    match fs::read_to_string(mark(config)) {
+        Ok(text) => Some(text.trim().parse().map_or_else(|_| unknown(), |name: NodeName| name.to_string())),
+        Err(why) if why.kind() == io::ErrorKind::NotFound => None,
+        Err(_) => Some(unknown()),
+    }
+}
+
+/// Remembers that this PC has an identity: should that be lost, an agent that would be plain does not start, however
+/// long ago somebody wrote `insecure = true`.
+///
+/// # Errors
+/// It cannot be stored.
+pub(crate) fn remember(config: &Config, security: &Security) -> io::Result<()> {
+    let Security::Tls(identity) = security else { return Ok(()) };
+    let name = identity.current().name().to_owned();
+    let mark = mark(config);
+    if fs::read_to_string(&mark).is_ok_and(|text| text.trim() == name) {
+        return Ok(());
+    }
+    fs::create_dir_all(config.state_folder())?;
+    fs::write(mark, name + "\n")
 }
 
 /// A line about a certificate that ends soon.
@@ -154,8 +216,6 @@ pub(crate) fn expiry(identity: &Identity) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
-
     use transport::identity::testing::Household;
     use transport::identity::{Role, Roles};
 
@@ -227,6 +287,29 @@ mod tests {
         fs::create_dir(state.path().join("identity")).expect("a folder");
         fs::copy(folder.join("ca.pem"), state.path().join("identity/ca.pem")).expect("it copies");
         assert!(matches!(Protection::of(&unnamed), Err(Error::Identity(_))));
+    }
+
+    #[test]
+    fn an_old_word_insecure_does_not_make_an_agent_plain_that_lost_its_identity() {
+        let house = Household::new();
+        let folder = house.folder(&house.agent("attic"));
+        let (state, mut config) = config("0.0.0.0:7420", None);
+        config.insecure = true;
+        let identity = state.path().join("identity");
+        fs::create_dir(&identity).expect("a folder");
+        assert!(matches!(Protection::of(&config), Err(Error::Emptied { .. })), "it is there, and empty");
+        for name in ["ca.pem", "node.pem", "node.key", "crl.pem"] {
+            fs::copy(folder.join(name), identity.join(name)).expect("it copies");
+        }
+        let protection = Protection::of(&config).expect("an identity");
+        remember(&config, &protection.security).expect("it stores");
+        fs::remove_dir_all(&identity).expect("it goes");
+        let said = Protection::of(&config).err().expect("it was a node").to_string();
+        assert!(said.contains("was the node attic") && said.contains("joined"), "{said}");
+        config.listen = "127.0.0.1:7420".into();
+        assert!(matches!(Protection::of(&config), Err(Error::Lost { .. })), "nor plain on loopback");
+        fs::remove_file(state.path().join("joined")).expect("it goes");
+        assert!(matches!(Protection::of(&config).expect("said").security, Security::Plain));
     }
 
     #[test]
