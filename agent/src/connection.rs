@@ -17,10 +17,11 @@ use transport::ring::{Completion, Ring, Token};
 use transport::server::{Connection, Event, Request};
 use transport::wire::{MAX_PAYLOAD, Status};
 
+use crate::admission::Handle;
 use crate::config::Access as Allowed;
 use crate::lease::Refused;
 use crate::policy::Asker;
-use crate::serve::{Agent, Granted, Handle};
+use crate::serve::{Agent, Granted};
 use crate::volume::{Grant, lock};
 
 /// A connection comes round at least so often, so that the watchdog sees it alive.
@@ -76,6 +77,12 @@ struct Worker {
     opening: Vec<Opening>,
     done: Vec<Done>,
     stopping: bool,
+    /// It ends to make room for another one.
+    leaving: bool,
+    /// Who the peer is, once its hello is here.
+    known: Option<String>,
+    /// Whether the peer's session is here.
+    served: bool,
 }
 
 /// Serves one accepted connection until it is over.
@@ -114,6 +121,9 @@ pub(crate) fn serve(
         opening: Vec::new(),
         done: Vec::new(),
         stopping: false,
+        leaving: false,
+        known: None,
+        served: false,
     };
     worker.run()
 }
@@ -142,6 +152,7 @@ impl Worker {
                 self.stopping = true;
                 self.connection.stop("the agent is stopping");
             }
+            self.look_who_it_is();
             self.answer_opened();
             let next = self.connection.tick(&mut self.ring, now, &mut events);
             if !events.is_empty() {
@@ -161,6 +172,19 @@ impl Worker {
             self.events(&mut events);
             self.answer_done();
             self.note_use();
+        }
+    }
+
+    /// Whether the peer counts as known by now, or makes room for another one that may be.
+    fn look_who_it_is(&mut self) {
+        if self.known.is_none() && self.connection.is_known() {
+            self.handle.is_known_now();
+            let node = self.connection.peer().map(|peer| format!("node {}", peer.name));
+            self.known = Some(node.unwrap_or_else(|| "a peer".to_owned()));
+        }
+        if self.handle.is_evicted() && !self.leaving {
+            self.leaving = true;
+            self.connection.stop("it makes room for a newer connection");
         }
     }
 
@@ -188,6 +212,7 @@ impl Worker {
                 Event::Opened { name, peer, session, resumed, carrier } => {
                     self.opened_by(&name, peer.as_ref());
                     self.session = session;
+                    self.served = true;
                     tracing::info!(peer = %self.peer, resumed, %carrier, "A peer is connected");
                     self.count();
                 }
@@ -197,12 +222,21 @@ impl Worker {
                 Event::Carrier(carrier) => {
                     tracing::info!(%carrier, peer = %self.peer, "The connection's carrier changed");
                 }
-                Event::Closed { reason } => {
+                Event::Closed { reason } if self.served => {
                     tracing::info!(peer = %self.peer, %reason, "A peer's connection is over");
                 }
+                Event::Closed { reason } => self.not_served(&reason),
             }
         }
         self.answer_done();
+    }
+
+    /// The connection ended before it was of use. Whoever reaches the agent can do that as often as it likes, so
+    /// the log has a line for many of them.
+    fn not_served(&self, reason: &str) {
+        let who = self.known.as_deref().unwrap_or("a stranger");
+        let why = if self.leaving { "it said nothing, and newer ones came" } else { reason };
+        self.agent.unserved.note(|| format!("{who} at {}: {why}", self.handle.address));
     }
 
     /// Has this connection counted among those of its peer: by the name that it proved, where it did.
@@ -217,7 +251,11 @@ impl Worker {
             None => (name.to_owned(), Asker::Unproven),
             Some(peer) => {
                 let console = peer.roles.has(Role::Console);
-                (format!("{name} (node {})", peer.name), Asker::Node { name: peer.name.clone(), console })
+                // What is proven comes first, and the rest cannot be taken for it.
+                (
+                    format!("node {} (calls itself {name:?})", peer.name),
+                    Asker::Node { name: peer.name.clone(), console },
+                )
             }
         };
     }

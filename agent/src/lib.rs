@@ -4,6 +4,7 @@
 //! One thread accepts connections and watches over the others; each connection has a thread of its own
 //! with one io_uring, on which its socket and its volumes' files complete. See `docs/agent.md`.
 
+mod admission;
 pub mod cli;
 pub mod config;
 mod connection;
@@ -15,6 +16,7 @@ pub mod policy;
 pub mod protection;
 mod renewal;
 pub mod serve;
+mod tally;
 pub mod volume;
 
 /// Why the agent cannot do what it was asked to: one line for people.
@@ -56,6 +58,12 @@ pub enum Error {
     /// The running agent's answer makes no sense.
     #[error("The agent's answer makes no sense: {0}")]
     Answer(String),
+    /// The last flush failed.
+    #[error(
+        "Stopped, but not everything acknowledged is on stable storage: the log says which volume could not be \
+         flushed; mend its storage, then start the agent again before the guests that use it end"
+    )]
+    NotFlushed,
     /// This PC does not become a node.
     #[error("{0}")]
     Join(#[from] transport::identity::join::Error),

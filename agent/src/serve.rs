@@ -1,10 +1,10 @@
 //! The agent as a process: accepting, watching over the connections, stopping.
 
 use std::io::{self, Read};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpListener;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -12,26 +12,26 @@ use std::time::{Duration, Instant};
 use devices::disk::file::OpenError;
 use devices::disk::volume::{self as protocol, Acquire, Lease};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::eventfd::{EfdFlags, EventFd};
 use sd_notify::NotifyState;
 use transport::identity::Security;
 use transport::metrics::Registry;
 use transport::server::{Limits, Sessions};
 
+use crate::admission::{self, Handle};
 use crate::config::{Access, Config};
 use crate::lease::{Activity, Refused, Table};
 use crate::policy::{Asker, Policy};
-use crate::protection::Protection;
+use crate::protection::{Protection, remember};
 use crate::renewal::{LOOK_EVERY, Renewal};
+use crate::tally::Tally;
 use crate::volume::{Grant, User, Volume, lock};
-use crate::{Error, connection, inventory, metrics};
+use crate::{Error, inventory, metrics};
 
 /// How long an image that another process has locked is waited for at the start: an agent that was killed
 /// may leave I/O behind that the kernel still finishes.
 const LOCK_WAIT: Duration = Duration::from_secs(10);
-/// A connection's thread that did not come round for so long hangs.
-const HANG: Duration = Duration::from_secs(30);
-
+/// So many connections one node may have even where a quarter of all are fewer.
+const PER_NODE: usize = 4;
 /// So many peers are counted by name.
 const PEERS: usize = 64;
 
@@ -46,35 +46,14 @@ pub struct Agent {
     pub(crate) metrics: Arc<Registry>,
     name: String,
     stopping: AtomicBool,
-    born: Instant,
-    connections: Mutex<Vec<Arc<Handle>>>,
+    pub(crate) born: Instant,
+    /// So many connections of peers that are known may be there at once.
+    pub(crate) most: usize,
+    /// Connections that ended before their peers were known.
+    pub(crate) unserved: Tally,
+    pub(crate) connections: Mutex<Vec<Arc<Handle>>>,
     /// When the accepting loop last came round: how the agent sees that it stood still itself.
     ticked: Mutex<Instant>,
-}
-
-/// One connection's thread as the others see it.
-pub(crate) struct Handle {
-    pub(crate) wake: EventFd,
-    /// When it last came round, in milliseconds since the agent's start.
-    beat: AtomicU64,
-    born: Instant,
-}
-
-impl Handle {
-    pub(crate) fn beat(&self, now: Instant) {
-        let millis = now.saturating_duration_since(self.born).as_millis();
-        self.beat.store(u64::try_from(millis).unwrap_or(u64::MAX), Ordering::Relaxed);
-    }
-
-    fn is_alive(&self) -> bool {
-        let beat = self.born + Duration::from_millis(self.beat.load(Ordering::Relaxed));
-        beat.elapsed() < HANG
-    }
-
-    /// Takes the wake-up, so that the next one is seen.
-    pub(crate) fn woken(&self) {
-        self.wake.read().ok();
-    }
 }
 
 /// What an `open` gave.
@@ -94,6 +73,8 @@ impl Agent {
             requests: config.limits.requests,
             bytes: config.limits.memory.0,
             sessions: config.limits.connections.saturating_mul(2),
+            connections: config.limits.connections,
+            per_node: (config.limits.connections / 4).max(PER_NODE),
             rdma: config.rdma,
         };
         Ok(Self {
@@ -106,6 +87,8 @@ impl Agent {
             name: config.agent_name(),
             stopping: AtomicBool::new(false),
             born: Instant::now(),
+            most: config.limits.connections,
+            unserved: Tally::new("A connection ended before its peer was served"),
             connections: Mutex::new(Vec::new()),
             ticked: Mutex::new(Instant::now()),
         })
@@ -116,9 +99,9 @@ impl Agent {
         self.name.clone()
     }
 
-    /// How many connections are served now.
+    /// How many connections are served now, of peers that are known.
     pub(crate) fn connections(&self) -> usize {
-        lock(&self.connections).len()
+        lock(&self.connections).iter().filter(|handle| handle.is_known()).count()
     }
 
     pub(crate) fn is_stopping(&self) -> bool {
@@ -359,13 +342,16 @@ fn caught(signals: &[i32]) -> io::Result<UnixStream> {
 /// Serves until SIGTERM or SIGINT, then ends in order.
 ///
 /// # Errors
-/// The address, the state folder or the system does not allow it.
+/// The address, the state folder or the system does not allow it; or at the end not everything acknowledged is on
+/// stable storage.
 pub fn run(config: &Config) -> Result<(), Error> {
     let failed = |what| move |source| Error::System { what, source };
     let address = config.address();
     let protection = Protection::of(config)?;
     protection.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
     tracing::info!("{}", protection.describe());
+    let folder = config.state_folder();
+    remember(config, &protection.security).map_err(|source| Error::State { path: folder, source })?;
     let mut signals = Signals::catch().map_err(failed("Cannot catch signals"))?;
     let agent = Arc::new(Agent::new(config, protection)?);
     agent.open_volumes();
@@ -383,8 +369,7 @@ pub fn run(config: &Config) -> Result<(), Error> {
     drop(listener);
     notify(&[NotifyState::Stopping, NotifyState::Status("Finishing what is in flight")]);
     tracing::info!("Stopping");
-    wind_up(&agent, config.stop_timeout.0);
-    Ok(())
+    if wind_up(&agent, config.stop_timeout.0) { Ok(()) } else { Err(Error::NotFlushed) }
 }
 
 /// Tells systemd, where the agent runs under it.
@@ -419,7 +404,8 @@ fn accept_until_stopped(
         }
         agent.tick(ttl);
         renewal.look(agent, signals.wants_reload());
-        accept_all(agent, config.limits.connections, listener);
+        admission::accept(agent, listener);
+        agent.unserved.tell();
         let connections = lock(&agent.connections);
         if connections.len() != told {
             told = connections.len();
@@ -441,57 +427,9 @@ fn accept_until_stopped(
     }
 }
 
-fn accept_all(agent: &Arc<Agent>, most: usize, listener: &TcpListener) {
-    loop {
-        let (socket, peer) = match listener.accept() {
-            Ok(accepted) => accepted,
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
-            Err(error) => {
-                // Out of descriptors or the peer is gone already; others can still be served.
-                tracing::warn!(%error, "A connection could not be accepted");
-                thread::sleep(Duration::from_millis(10));
-                return;
-            }
-        };
-        if lock(&agent.connections).len() >= most {
-            tracing::warn!(%peer, most, "Refused a connection: there are as many as the configuration allows");
-            continue;
-        }
-        if let Err(error) = begin(agent, socket) {
-            tracing::error!(%peer, %error, "A connection could not be served");
-        }
-    }
-}
-
-/// Starts a connection's thread.
-fn begin(agent: &Arc<Agent>, socket: TcpStream) -> io::Result<()> {
-    let wake = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
-    let handle = Arc::new(Handle { wake, beat: AtomicU64::new(0), born: agent.born });
-    handle.beat(Instant::now());
-    let (shared, ours) = (Arc::clone(agent), Arc::clone(&handle));
-    lock(&agent.connections).push(Arc::clone(&handle));
-    let body = move || {
-        let gone = Gone(&shared, &ours);
-        if let Err(error) = connection::serve(gone.0, gone.1, socket) {
-            tracing::error!(%error, "A connection's ring failed");
-        }
-    };
-    thread::Builder::new().name("connection".to_owned()).spawn(body).map(drop).inspect_err(|_| {
-        lock(&agent.connections).retain(|h| !Arc::ptr_eq(h, &handle));
-    })
-}
-
-/// Takes a connection off the list, also when its thread panics.
-struct Gone<'a>(&'a Arc<Agent>, &'a Arc<Handle>);
-
-impl Drop for Gone<'_> {
-    fn drop(&mut self) {
-        lock(&self.0.connections).retain(|handle| !Arc::ptr_eq(handle, self.1));
-    }
-}
-
-/// Lets every connection finish what is in flight and say goodbye, then flushes the volumes.
-fn wind_up(agent: &Agent, timeout: Duration) {
+/// Lets every connection finish what is in flight and say goodbye, then flushes the volumes. `false`: not all of
+/// what was acknowledged is on stable storage.
+fn wind_up(agent: &Agent, timeout: Duration) -> bool {
     agent.stopping.store(true, Ordering::SeqCst);
     for handle in &*lock(&agent.connections) {
         handle.wake.write(1).ok();
@@ -504,25 +442,26 @@ fn wind_up(agent: &Agent, timeout: Duration) {
     if left > 0 {
         tracing::warn!(left, ?timeout, "Connections did not end in time; their peers will ask again");
     }
-    match (agent.flush(), left) {
+    let flushed = agent.flush();
+    match (flushed, left) {
         (true, 0) => tracing::info!("Stopped; everything acknowledged is on stable storage"),
         (true, _) => {
             tracing::warn!("Stopped; what the connections left did last may not be on stable storage");
         }
         (false, _) => tracing::error!("Stopped; not everything acknowledged is on stable storage"),
     }
+    flushed
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod testing {
     use vmm::units::Span;
 
     use super::*;
     use crate::config::{DirectIo, Volume as Configured};
 
-    const PLAIN: Asker = Asker::Unproven;
-
-    fn agent(ttl: Duration) -> (tempfile::TempDir, Agent) {
+    /// An agent that nobody reaches, with a volume `v` and one `r` to read only.
+    pub(crate) fn agent(ttl: Duration) -> (tempfile::TempDir, Agent) {
         let folder = tempfile::tempdir().expect("a folder");
         let volume = |name: &str, read_only| Configured {
             name: name.into(),
@@ -540,6 +479,14 @@ mod tests {
         let agent = Agent::new(&config, Protection::of(&config).expect("loopback")).expect("it starts");
         (folder, agent)
     }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::testing::agent;
+    use super::*;
+
+    const PLAIN: Asker = Asker::Unproven;
 
     fn ask(volume: &str, holder: u128) -> Acquire {
         Acquire { volume: volume.into(), holder, expected: 0, name: format!("guest-{holder}") }

@@ -11,9 +11,13 @@ use std::time::{Duration, Instant};
 
 use common::{Agent, Driver, LIMIT};
 use devices::disk::remote::{OnTimeout, connect};
+use devices::disk::volume::opcode;
 use devices::disk::{Disk, Error, Operation};
 use nix::sys::signal::Signal;
+use transport::blocking::Client;
 use transport::buffer::Buffer;
+use transport::identity::Security;
+use transport::wire::{Class, MAX_PAYLOAD};
 
 const VOLUME: &str = "[[volume]]\nname = 'v'\npath = 'DIR/v.img'\ncreate = '4M'\n";
 const BLOCK: u64 = 4096;
@@ -401,10 +405,32 @@ fn more_connections_than_allowed_are_refused_and_those_inside_go_on() {
     let agent = Agent::start(&format!("[limits]\nconnections = 3\n{VOLUME}"));
     let mut driver = agent.disk("v");
     driver.write(0, &[5; 512]).expect("it writes");
-    let sockets: Vec<TcpStream> =
-        (0..10).map(|_| TcpStream::connect(&agent.address).expect("the kernel accepts")).collect();
-    driver.idle(Duration::from_millis(200));
-    assert!(agent.log().contains("Refused a connection"), "{}", agent.log());
+    let client = || Client::new(&agent.address, "tester", &Security::Plain, None).expect("a client");
+    let ask = |client: &mut Client, timeout| {
+        client.call(Class::Control, opcode::VOLUMES, &[], Vec::new(), MAX_PAYLOAD, timeout)
+    };
+    let (mut one, mut two, mut more) = (client(), client(), client());
+    ask(&mut one, LIMIT).expect("there is room");
+    ask(&mut two, LIMIT).expect("there is room");
+    let refused = ask(&mut more, Duration::from_secs(2)).expect_err("there is none").to_string();
+    assert!(refused.contains("as many"), "{refused}");
+    assert!(agent.log().contains("before its peer was served"), "{}", agent.log());
     assert_eq!(driver.read(0, 512), [5; 512]);
-    drop(sockets);
+    drop(one);
+    ask(&mut more, LIMIT).expect("a place is free again");
+}
+
+#[test]
+fn sockets_that_say_nothing_keep_no_guest_out_and_fill_no_log() {
+    let agent = Agent::start(&format!("[limits]\nconnections = 3\n{VOLUME}"));
+    let mut sockets: Vec<TcpStream> =
+        (0..200).map(|_| TcpStream::connect(&agent.address).expect("the kernel accepts")).collect();
+    // Well before the agent's patience with the silent ones is over.
+    let disk = connect(agent.options("v"), Duration::from_secs(8));
+    let mut driver = Driver::new(disk.unwrap_or_else(|e| panic!("{e}\n{}", agent.log())));
+    driver.write(0, &[5; 512]).expect("it writes");
+    let first = &mut sockets[0];
+    first.set_read_timeout(Some(LIMIT)).expect("a socket");
+    assert!(!matches!(first.read(&mut [0; 16]), Ok(1..)), "the oldest ones made room");
+    assert!(agent.log().lines().count() < 60, "{}", agent.log());
 }

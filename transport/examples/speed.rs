@@ -168,7 +168,10 @@ fn channel(size: usize, depth: u64) -> f64 {
 
 fn serve(socket: TcpStream) {
     let mut ring = Ring::new(64).expect("ring");
-    let sessions = Sessions::new("speed", Limits { requests: 64, bytes: 32 << 20, sessions: 4, rdma: false });
+    let sessions = Sessions::new(
+        "speed",
+        Limits { requests: 64, bytes: 32 << 20, sessions: 4, rdma: false, ..Limits::default() },
+    );
     let mut connection = Connection::new(socket, sessions, &Security::Plain, &mut ring);
     let mut events = Vec::new();
     while !connection.is_finished() {

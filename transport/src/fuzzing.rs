@@ -14,7 +14,8 @@ use crate::wire::{Body, Class, HEADER, Header, Hello, PREFACE, Preface, Status, 
 
 pub use crate::identity::fuzzing::fuzz_identity;
 
-const LIMITS: Limits = Limits { requests: 4, bytes: 4 << 20, sessions: 2, rdma: false };
+const LIMITS: Limits =
+    Limits { requests: 4, bytes: 4 << 20, sessions: 2, connections: 2, per_node: 2, rdma: false };
 
 /// What an asking side sends, to an answering side. The first byte says in what pieces it comes.
 pub fn fuzz_requests(data: &[u8]) {

@@ -33,13 +33,17 @@ pub struct Limits {
     pub bytes: u64,
     /// Sessions at once, with those kept for peers that may come back.
     pub sessions: usize,
+    /// Sessions that have a connection at once.
+    pub connections: usize,
+    /// As many of these may be one node's, by the name that it proved.
+    pub per_node: usize,
     /// Whether peers may move to RDMA, whose payloads are not encrypted.
     pub rdma: bool,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { requests: 256, bytes: 16 << 20, sessions: 256, rdma: true }
+        Self { requests: 256, bytes: 16 << 20, sessions: 256, connections: 256, per_node: 256, rdma: true }
     }
 }
 
@@ -316,6 +320,18 @@ impl Connection {
     #[must_use]
     pub fn in_flight(&self) -> usize {
         self.core.in_flight()
+    }
+
+    /// Whether the peer's hello came: with TLS, it has proven then who it is.
+    #[must_use]
+    pub fn is_known(&self) -> bool {
+        self.core.is_known()
+    }
+
+    /// Who the peer has proven to be, as long as the connection lives; `None` without TLS.
+    #[must_use]
+    pub fn peer(&self) -> Option<&Peer> {
+        self.core.peer()
     }
 
     /// Whether everything is over: closed, and nothing in flight. Drop the connection then.

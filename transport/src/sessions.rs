@@ -113,6 +113,8 @@ pub(crate) enum Claim {
     Superseded,
     /// There are too many sessions.
     Full,
+    /// The node has as many connections as one may have.
+    Crowded,
     /// Another node began it.
     NotYours,
 }
@@ -140,7 +142,7 @@ impl Sessions {
             requests: limits.requests.max(4),
             bytes: limits.bytes.max(4 * MAX_PAYLOAD as u64),
             sessions: limits.sessions.max(1),
-            rdma: limits.rdma,
+            ..limits
         };
         Arc::new(Self {
             identity: Identity::of_this_process(name),
@@ -184,7 +186,10 @@ impl Sessions {
         owner: Option<&str>,
     ) -> Claim {
         let mut table = lock(&self.table);
-        if !table.contains_key(&session) && table.len() >= self.limits.sessions && !evict(&mut table) {
+        if let Some(refusal) = self.crowding(&table, session, owner) {
+            return refusal;
+        }
+        if !table.contains_key(&session) && table.len() >= self.limits.sessions && !evict(&mut table, owner) {
             return Claim::Full;
         }
         let entry = table.entry(session).or_insert_with(|| Entry {
@@ -226,6 +231,20 @@ impl Sessions {
         }
     }
 
+    /// Why `session` gets no connection for `owner`, if there are as many as may be. Who comes back for a session
+    /// that still has one takes no place: the earlier connection ends.
+    fn crowding(&self, table: &HashMap<u128, Entry>, session: u128, owner: Option<&str>) -> Option<Claim> {
+        if table.get(&session).is_some_and(Entry::is_connected) {
+            return None;
+        }
+        let connected = || table.values().filter(|entry| entry.is_connected());
+        let of_owner = || connected().filter(|entry| entry.owner.as_deref() == owner).count();
+        if owner.is_some() && of_owner() >= self.limits.per_node {
+            return Some(Claim::Crowded);
+        }
+        (connected().count() >= self.limits.connections).then_some(Claim::Full)
+    }
+
     /// The connection `number` is done with `session`. Without records the session is over.
     pub(crate) fn release(&self, session: u128, number: u64, records: Option<Records>) {
         let mut table = lock(&self.table);
@@ -251,11 +270,18 @@ impl Sessions {
     }
 }
 
-/// Drops the session that is longest without a connection.
-fn evict(table: &mut HashMap<u128, Entry>) -> bool {
-    let idle = |entry: &Entry| matches!(entry.holder, Holder::Nobody(_)) && entry.heir.is_none();
-    let idles = table.iter().filter(|(_, entry)| idle(entry));
-    let victim = idles.min_by_key(|(_, entry)| entry.last).map(|(session, _)| *session);
+impl Entry {
+    fn is_connected(&self) -> bool {
+        matches!(self.holder, Holder::Connection(_)) || self.heir.is_some()
+    }
+}
+
+/// Drops the session that is longest without a connection: one of `owner`'s own if there is one, so that nobody
+/// drives others' sessions out by beginning many.
+fn evict(table: &mut HashMap<u128, Entry>, owner: Option<&str>) -> bool {
+    let idles = table.iter().filter(|(_, entry)| !entry.is_connected());
+    let victim = idles.min_by_key(|(_, entry)| (entry.owner.as_deref() != owner, entry.last));
+    let victim = victim.map(|(session, _)| *session);
     victim.is_some_and(|session| table.remove(&session).is_some())
 }
 
@@ -374,6 +400,44 @@ mod tests {
         assert!(matches!(sessions.claim(1, serial, &other.claimant, Some("cellar")), Claim::NotYours));
         let (_, resumed, _) = granted(sessions.claim(1, serial, &again.claimant, Some("attic")));
         assert!(resumed);
+    }
+
+    #[test]
+    fn a_node_has_only_its_share_of_the_connections_and_comes_back_for_each_of_them() {
+        let limits = Limits { connections: 3, per_node: 2, ..Limits::default() };
+        let sessions = Sessions::new("test", limits);
+        let parties: Vec<Party> = (0..8).map(|_| party(&sessions)).collect();
+        let claim =
+            |session, party: usize, owner| sessions.claim(session, 0, &parties[party].claimant, owner);
+        granted(claim(1, 0, Some("attic")));
+        granted(claim(2, 1, Some("attic")));
+        assert!(matches!(claim(3, 2, Some("attic")), Claim::Crowded));
+        assert!(matches!(claim(1, 3, Some("attic")), Claim::Wait), "a reconnection is none more");
+        granted(claim(4, 4, Some("cellar")));
+        assert!(matches!(claim(5, 5, Some("desk")), Claim::Full), "all nodes together have three");
+        sessions.release(2, parties[1].claimant.number, Some(Records::default()));
+        granted(claim(5, 6, Some("desk")));
+        sessions.release(4, parties[4].claimant.number, None);
+        granted(claim(3, 7, Some("attic")));
+    }
+
+    #[test]
+    fn a_node_that_begins_many_sessions_drives_out_its_own_first() {
+        let sessions = sessions(3);
+        let visit = |session, owner| {
+            let party = party(&sessions);
+            let (serial, resumed, records) =
+                granted(sessions.claim(session, 0, &party.claimant, Some(owner)));
+            sessions.release(session, party.claimant.number, Some(records));
+            (serial, resumed)
+        };
+        let (serial, _) = visit(1, "attic");
+        for session in 2..20 {
+            visit(session, "cellar");
+        }
+        let party = party(&sessions);
+        let (_, resumed, _) = granted(sessions.claim(1, serial, &party.claimant, Some("attic")));
+        assert!(resumed, "attic's session is the oldest, and stayed");
     }
 
     #[test]

@@ -113,7 +113,7 @@ fn a_server_of_another_version_is_one_clear_reason() {
 
 #[test]
 fn a_peer_that_asks_for_more_than_it_was_granted_is_cut_off_with_the_reason() {
-    let server = Server::start(Limits { requests: 4, bytes: 4 << 20, sessions: 4, rdma: true });
+    let server = Server::start(Limits { requests: 4, bytes: 4 << 20, sessions: 4, ..Limits::default() });
     let mut socket = TcpStream::connect(server.address).unwrap();
     socket.write_all(&hello(1, 1)).unwrap();
     for id in 1..=5 {
@@ -139,7 +139,7 @@ fn a_peer_that_asks_for_more_than_it_was_granted_is_cut_off_with_the_reason() {
 
 #[test]
 fn a_peer_that_sends_without_end_and_never_reads_stays_bounded() {
-    let server = Server::start(Limits { requests: 8, bytes: 8 << 20, sessions: 4, rdma: true });
+    let server = Server::start(Limits { requests: 8, bytes: 8 << 20, sessions: 4, ..Limits::default() });
     let mut socket = TcpStream::connect(server.address).unwrap();
     socket.write_all(&hello(1, 1)).unwrap();
     // Eight answers of a megabyte wait; the ninth request breaks the limit, whatever the kernel buffers.
@@ -281,7 +281,7 @@ fn a_deadline_gives_the_call_back_and_leaves_the_others_alone() {
 #[test]
 fn an_urgent_call_overtakes_bulk_that_waits() {
     const BULK: u64 = 200;
-    let server = Server::start(Limits { requests: 256, bytes: 256 << 20, sessions: 4, rdma: true });
+    let server = Server::start(Limits { requests: 256, bytes: 256 << 20, sessions: 4, ..Limits::default() });
     let mut client = Client::new(server.address);
     for tag in 0..BULK {
         let bulk = call(tag, ECHO, b"b", Buffer::empty(), 1 << 20);
@@ -320,7 +320,7 @@ fn a_restarted_server_opens_a_new_session_and_gets_everything_again() {
 
 #[test]
 fn more_peers_than_there_is_room_for_are_refused_with_the_reason() {
-    let server = Server::start(Limits { requests: 4, bytes: 4 << 20, sessions: 1, rdma: true });
+    let server = Server::start(Limits { requests: 4, bytes: 4 << 20, sessions: 1, ..Limits::default() });
     let mut first = Client::new(server.address);
     first.channel.submit(call(1, ECHO, b"a", Buffer::empty(), 10));
     first.until("the answer", |c| c.answers.len() == 1);
@@ -342,7 +342,7 @@ fn a_call_beyond_the_limits_is_refused_at_once() {
 
 #[test]
 fn a_long_replay_as_setup_of_a_new_session_fits_whatever_is_held_back() {
-    let server = Server::start(Limits { requests: 8, bytes: 4 << 20, sessions: 4, rdma: true });
+    let server = Server::start(Limits { requests: 8, bytes: 4 << 20, sessions: 4, ..Limits::default() });
     let mut client = Client::new(server.address);
     client.setup_first = 1000;
     let once = |tag: u64, setup| Call {

@@ -190,6 +190,7 @@ impl Answerer {
             }
             Claim::Superseded => Some(Fault::Superseded),
             Claim::Full => Some(Fault::Full),
+            Claim::Crowded => Some(Fault::Crowded),
             Claim::NotYours => Some(Fault::NotYours),
         };
         if refusal.is_some() {
@@ -311,6 +312,7 @@ impl Answerer {
                 | Fault::OverCredit
                 | Fault::Superseded
                 | Fault::Full
+                | Fault::Crowded
                 | Fault::NotYours
                 | Fault::Revoked(_)
         );
@@ -327,6 +329,16 @@ impl Answerer {
     /// Whether there is no hello yet, so that nothing can be stopped in order.
     pub(crate) fn is_greeting(&self) -> bool {
         matches!(self.phase, Phase::Greeting | Phase::Waiting)
+    }
+
+    /// Who the peer proved to be, while the connection lives.
+    pub(crate) fn peer(&self) -> Option<&crate::identity::Peer> {
+        self.attendance.as_ref().map(Attendance::peer)
+    }
+
+    /// Whether the peer's hello came, after its proof where there is TLS.
+    pub(crate) fn is_known(&self) -> bool {
+        self.hello.is_some()
     }
 
     /// Whether an earlier connection still has the session.
@@ -605,7 +617,7 @@ mod tests {
 
     /// A connection that waits for the session of one that is cut and has request 1 in flight.
     fn waiting(now: Instant) -> (Answerer, Answerer) {
-        let limits = Limits { requests: 4, bytes: 1 << 20, sessions: 2, rdma: false };
+        let limits = Limits { requests: 4, bytes: 1 << 20, sessions: 2, rdma: false, ..Limits::default() };
         let sessions = Sessions::new("test", limits);
         let hello = Hello {
             role: Role::Asking,

@@ -16,7 +16,8 @@ use crate::sessions::{Claimant, Sessions};
 use crate::wire::{Body, Class, Fault, Status};
 
 /// Small limits, so that they are reached.
-const LIMITS: Limits = Limits { requests: 6, bytes: 4 << 20, sessions: 2, rdma: false };
+const LIMITS: Limits =
+    Limits { requests: 6, bytes: 4 << 20, sessions: 2, connections: 2, per_node: 2, rdma: false };
 
 /// Calls in one run.
 const CALLS: u64 = 300;

@@ -195,7 +195,8 @@ impl Dice {
     }
 }
 
-const LIMITS: Limits = Limits { requests: 16, bytes: 8 << 20, sessions: 2, rdma: true };
+const LIMITS: Limits =
+    Limits { requests: 16, bytes: 8 << 20, sessions: 2, connections: 2, per_node: 2, rdma: true };
 const READ: u16 = 300;
 const WRITE: u16 = 301;
 
