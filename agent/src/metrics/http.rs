@@ -331,7 +331,7 @@ mod tests {
                     _ => head.insert(at, random(256) as u8),
                 }
             }
-            if let Verdict::Metrics { .. } = judge(Some(&head)) {
+            if let Verdict::Metrics { .. } = judge(Some(&head), "pc2") {
                 let allowed = head.starts_with(b"GET /metrics") || head.starts_with(b"HEAD /metrics");
                 assert!(allowed, "{}", head.escape_ascii());
             }
