@@ -352,6 +352,10 @@ impl Worker {
                     tracing::info!(from = %self.peer, number, "Took a newer list of revoked certificates");
                     self.agent.cut_revoked();
                 }
+                if taken.conflicting {
+                    self.tell("a list of revoked certificates that does not name all that were revoked before; \
+                               the authority was put back from an old copy: `omega node revoke` there mends it");
+                }
                 if let Some(error) = taken.not_stored {
                     tracing::error!(%error, "The list of revoked certificates could not be stored");
                 }

@@ -142,3 +142,18 @@ fn what_goes_wrong_says_what_to_do() {
         assert_eq!(outcome.out, "", "{args:?}");
     }
 }
+
+#[test]
+fn a_revocation_is_told_to_every_agent_by_its_name_even_if_this_pc_itself_cannot_take_it() {
+    let bench = begin();
+    let (waiting, token) = invite(&bench, &["laptop"]);
+    assert_eq!(omega(&bench, &["join", &token], "laptop").code, Some(0));
+    assert_eq!(end(waiting).0, Some(0));
+    std::fs::remove_file(bench.path("desk/identity/node.key")).expect("it was there");
+    let nobody = TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("an address");
+    let revoked =
+        omega(&bench, &["node", "revoke", "laptop", "--tell", &nobody.to_string()], "desk/identity");
+    assert_eq!(revoked.code, Some(1), "{revoked:?}");
+    assert!(revoked.err.contains("This PC's own guests do not know it"), "{revoked:?}");
+    assert!(revoked.out.contains(&format!("{nobody} was not told")), "but it was tried: {revoked:?}");
+}

@@ -3,6 +3,7 @@
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::time::{Duration, SystemTime};
 
 use super::authority::Authority;
 use super::folder::{self, CA, CRL, KEY, NODE};
@@ -174,11 +175,64 @@ fn a_household_has_one_authority_which_heals_a_list_that_was_not_written() {
     fs::write(folder.join(CRL), old.expect("a list")).unwrap();
     let authority = Authority::open(&folder).expect("opened");
     let crl = authority.crl().expect("made again");
-    assert!(crl.revokes(&serial) && crl.number() == 2);
+    assert!(crl.revokes(&serial));
     authority.hand_crl_to(&own).expect("stored");
     assert!(Identity::load(&own).expect("whole").crl().revokes(&serial));
     mode(&folder.join("ca.key"), 0o644);
     assert!(matches!(Authority::open(&folder), Err(Error::Exposed { .. })));
+}
+
+#[test]
+fn the_number_of_a_list_grows_even_if_the_authority_was_put_back_from_an_old_copy() {
+    let house = Household::new();
+    let (folder, own) = (house.path().join("ca"), house.path().join("identity"));
+    let authority = Authority::init(&folder, "home").expect("made");
+    authority.make_own(&"desk".parse().unwrap(), Role::Console.into(), &own).expect("made");
+    let copies = ["nodes.json", CRL].map(|name| (name, fs::read(folder.join(name)).unwrap()));
+    let known = (0..3).map(|_| authority.revoke("desk").expect("known").number()).max().unwrap();
+    for (name, copy) in &copies {
+        fs::write(folder.join(name), copy).unwrap();
+    }
+    let before = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs();
+    let number = authority.revoke("desk").expect("known").number();
+    assert!(number > before && number + 3 > known, "{number}, once {known}");
+    // The registry alone is old: what its own list names stays revoked, and the number grows.
+    fs::write(folder.join("nodes.json"), &copies[0].1).unwrap();
+    assert!(authority.revoke("desk").expect("known").number() > number);
+}
+
+#[test]
+fn a_list_that_forgets_what_was_revoked_is_not_taken_whatever_its_number() {
+    let mut house = Household::new();
+    let (lost, found) = (house.console("lost"), house.console("found"));
+    let attic = Reloading::in_memory(house.agent("attic"));
+    let forgetful = house.crl_numbered(9);
+    house.revoke(lost.serial());
+    assert!(attic.take_crl(&house.crl()).expect("signed").newer);
+    let held = attic.current().crl().der().to_vec();
+    let answer = revocation::answer(&attic, &forgetful, super::MAX_CRL).expect("signed");
+    assert!(answer.taken.conflicting && !answer.taken.newer, "{:?}", answer.taken);
+    assert_eq!(answer.payload, held, "the authority learns what it forgot");
+    house.revoke(found.serial());
+    let same_number = attic.take_crl(&house.crl_numbered(2)).expect("signed");
+    assert!(same_number.conflicting && !same_number.newer, "{same_number:?}");
+    assert!(attic.take_crl(&house.crl_numbered(10)).expect("signed").newer);
+}
+
+#[test]
+fn the_authority_speaks_to_agents_without_the_identity_of_its_pc() {
+    let house = Household::new();
+    let (folder, own) = (house.path().join("ca"), house.path().join("identity"));
+    let authority = Authority::init(&folder, "home").expect("made");
+    authority.make_own(&"desk".parse().unwrap(), Role::Console.into(), &own).expect("made");
+    let desk = Identity::load(&own).expect("whole");
+    fs::remove_dir_all(&own).unwrap();
+    authority.revoke("desk").expect("known");
+    let messenger = authority.messenger().expect("made");
+    assert!(messenger.roles().has(Role::Console) && messenger.authority() == desk.authority());
+    assert!(messenger.crl().revokes(desk.serial()) && !messenger.crl().revokes(messenger.serial()));
+    let left = messenger.expires().duration_since(SystemTime::now()).expect("valid");
+    assert!(left <= Duration::from_secs(3600), "{left:?}");
 }
 
 #[test]
@@ -212,16 +266,19 @@ fn an_authority_put_back_from_an_old_copy_catches_up_with_what_its_nodes_know() 
     };
     make("desk", &own);
     let early = make("early", &house.path().join("early"));
-    let copy = fs::read(folder.join("nodes.json")).unwrap();
+    let copies = ["nodes.json", CRL].map(|name| (name, fs::read(folder.join(name)).unwrap()));
     let late = make("late", &house.path().join("late"));
     let known = authority.revoke("late").expect("known");
     let agent = Reloading::load(&own).expect("an identity");
     assert!(agent.take_crl(known.der()).expect("signed").newer);
 
-    fs::write(folder.join("nodes.json"), copy).unwrap();
+    for (name, copy) in copies {
+        fs::write(folder.join(name), copy).unwrap();
+    }
     let forked = authority.revoke("early").expect("known");
-    assert_eq!(forked.number(), known.number());
-    assert!(!agent.take_crl(forked.der()).expect("signed").newer, "so it would never learn of it");
+    assert!(!forked.revokes(&late));
+    let taken = agent.take_crl(forked.der()).expect("signed");
+    assert!(taken.conflicting && !taken.newer && agent.current().crl().revokes(&late), "{taken:?}");
     authority.hand_crl_to(&own).expect("caught up");
     let merged = authority.crl().expect("a list");
     assert!(merged.number() > known.number() && merged.revokes(&early) && merged.revokes(&late));

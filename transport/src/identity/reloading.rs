@@ -37,6 +37,9 @@ pub struct Taken {
     pub number: u64,
     /// It was newer than the one before; look at live connections.
     pub newer: bool,
+    /// It was not taken, though its number is not lower: it does not name all that the one in force does, or, with
+    /// the same number, names more. The authority was put back from an old copy; `omega node revoke` finds out.
+    pub conflicting: bool,
     /// It is in force but could not be stored: a restart forgets it until somebody sends it again.
     pub not_stored: Option<Error>,
 }
@@ -110,7 +113,7 @@ impl Reloading {
     }
 
     /// Takes the CRL `der`, whoever sent it, if the household's authority signed it and it is newer than the
-    /// one in force. An older one changes nothing.
+    /// one in force and names all that this does: who is revoked stays so. Another one changes nothing.
     ///
     /// # Errors
     /// It is damaged or another authority's; nothing changed.
@@ -119,11 +122,14 @@ impl Reloading {
         let old = self.current();
         let held = old.crl().number();
         if der == old.crl().der().as_ref() {
-            return Ok(Taken { number: held, newer: false, not_stored: None });
+            return Ok(Taken { number: held, newer: false, conflicting: false, not_stored: None });
         }
         let crl = Crl::verify(der, &old.parts().ca)?;
-        if crl.number() <= held {
-            return Ok(Taken { number: held, newer: false, not_stored: None });
+        let forgets = old.crl().serials().any(|serial| !crl.revokes(serial));
+        if crl.number() <= held || forgets {
+            let other = forgets || crl.len() != old.crl().len();
+            let conflicting = crl.number() >= held && other;
+            return Ok(Taken { number: held, newer: false, conflicting, not_stored: None });
         }
         self.set(old.with_crl(&crl)?);
         let mut not_stored = None;
@@ -135,7 +141,7 @@ impl Reloading {
                 **seen = stamp(&store.folder);
             }
         }
-        Ok(Taken { number: crl.number(), newer: true, not_stored })
+        Ok(Taken { number: crl.number(), newer: true, conflicting: false, not_stored })
     }
 
     fn set(&self, identity: Arc<Identity>) {

@@ -2,7 +2,7 @@
 //!
 //! A request has class [`Control`](crate::wire::Class::Control), an empty body and the DER of a CRL as its
 //! payload, or none, which only asks. It is answered with the number of the CRL in force afterwards, eight
-//! little-endian bytes, as its body. If that is newer than what was sent and the asker left room for it, its
+//! little-endian bytes, as its body. If that is another than what was sent and the asker left room for it, its
 //! DER is the payload: so a CRL reaches everybody, whoever of two that meet has the newer one.
 
 use super::{Error, Reloading, Taken};
@@ -28,7 +28,7 @@ pub struct Answer {
 /// It is damaged or another authority's.
 pub fn answer(held: &Reloading, payload: &[u8], answer_len: usize) -> Result<Answer, Error> {
     let taken = if payload.is_empty() {
-        Taken { number: held.current().crl().number(), newer: false, not_stored: None }
+        Taken { number: held.current().crl().number(), newer: false, conflicting: false, not_stored: None }
     } else {
         held.take_crl(payload)?
     };

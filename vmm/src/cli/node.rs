@@ -4,7 +4,6 @@ use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::io::{self, Write};
 use std::net::SocketAddr;
-use std::path::Path;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, SystemTime};
@@ -174,21 +173,22 @@ fn table(all: &[Listed], now: u64) -> String {
 fn revoke(args: &NodeRevoke) -> Result<(), Failure> {
     let authority = Authority::open(&args.identity.authority()?)?;
     authority.revoke(&args.name)?;
-    // This PC's own guests watch this folder.
+    // This PC's own guests watch this folder. If its identity cannot be used, all others are told nevertheless.
     let folder = args.identity.path()?;
-    authority.hand_crl_to(&folder)?;
+    let mut own = authority.hand_crl_to(&folder);
     let agents = agents(&authority.nodes()?, &args.tell);
-    let mut told = tell_all(&authority, &agents, &folder, args.timeout.0)?;
+    let tell = || tell_all(&authority, &agents, args.timeout.0);
+    let mut told = tell()?;
     if told.iter().any(|told| matches!(told, Ok(Told::Behind))) {
         // There is a list now that is newer than what they keep.
-        authority.hand_crl_to(&folder)?;
-        told = tell_all(&authority, &agents, &folder, args.timeout.0)?;
+        own = authority.hand_crl_to(&folder);
+        told = tell()?;
     }
-    let identity = Identity::load(&folder)?;
-    let (name, number) = (&args.name, identity.crl().number());
+    let (name, crl) = (&args.name, authority.crl()?);
+    let number = crl.number();
     let mut said =
         format!("Revoked: nobody who knows the list with number {number} speaks with `{name}` any more.\n");
-    if identity.crl().revokes(identity.serial()) {
+    if Identity::load(&folder).is_ok_and(|identity| crl.revokes(identity.serial())) {
         said +=
             "That was this PC's own identity: `omega node invite` and `omega join` here make a new one.\n";
     }
@@ -202,7 +202,8 @@ fn revoke(args: &NodeRevoke) -> Result<(), Failure> {
         // Writing to a text cannot fail.
         let _ = writeln!(said, "{who} {what}");
     }
-    show(&said)
+    show(&said)?;
+    own.map_err(|why| Failure::failed(format!("This PC's own guests do not know it: {why}")))
 }
 
 /// What telling an agent showed.
@@ -213,27 +214,29 @@ enum Told {
     Behind,
 }
 
-/// Brings the list in the identity's `folder` to all `agents` at once.
+/// Brings the authority's list to all `agents` at once.
 fn tell_all(
     authority: &Authority,
     agents: &[(SocketAddr, Option<String>)],
-    folder: &Path,
     timeout: Duration,
 ) -> Result<Vec<Result<Told, String>>, Failure> {
-    let identity = Identity::load(folder)?;
-    let security = Security::Tls(Reloading::in_memory(Arc::clone(&identity)));
-    let (security, crl) = (&security, identity.crl());
-    thread::scope(|scope| {
-        let tell = |address| scope.spawn(move || push(address, security, crl, timeout));
-        let all: Vec<_> = agents.iter().map(|(address, _)| tell(*address)).collect();
-        let heard =
-            all.into_iter().map(|told| match told.join().unwrap_or_else(|_| Err("a fault here".into())) {
-                Ok(list) if !list.is_empty() && authority.catch_up(&list)? => Ok(Ok(Told::Behind)),
-                Ok(_) => Ok(Ok(Told::Knows)),
-                Err(why) => Ok(Err(why)),
-            });
+    let messenger = authority.messenger()?;
+    let security = Security::Tls(Reloading::in_memory(Arc::clone(&messenger)));
+    let (security, crl) = (&security, messenger.crl());
+    Ok(thread::scope(|scope| {
+        let tell = |(address, name): &(SocketAddr, Option<String>)| {
+            let (address, name) = (*address, name.clone());
+            scope.spawn(move || push(address, name.as_deref(), security, crl, timeout))
+        };
+        let all: Vec<_> = agents.iter().map(tell).collect();
+        let heard = all.into_iter().map(|told| {
+            let list = told.join().unwrap_or_else(|_| Err("a fault here".to_owned()))?;
+            // What is no list of this authority is that agent's affair.
+            let behind = !list.is_empty() && authority.catch_up(&list).map_err(|why| why.to_string())?;
+            Ok(if behind { Told::Behind } else { Told::Knows })
+        });
         heard.collect()
-    })
+    }))
 }
 
 /// Every agent whose address is known, with its name; and those that were named besides.
@@ -250,11 +253,18 @@ fn agents(nodes: &[Node], more: &[SocketAddr]) -> Vec<(SocketAddr, Option<String
     found
 }
 
-/// Brings `crl` to the agent at `address`; returns the list that it keeps, if that is another.
-fn push(address: SocketAddr, security: &Security, crl: &Crl, timeout: Duration) -> Result<Vec<u8>, String> {
+/// Brings `crl` to the agent at `address`, which proves to be the node `name` if that is known; returns the list that
+/// it keeps, if that is another.
+fn push(
+    address: SocketAddr,
+    name: Option<&str>,
+    security: &Security,
+    crl: &Crl,
+    timeout: Duration,
+) -> Result<Vec<u8>, String> {
     let failed = |why: transport::blocking::Error| why.to_string();
     let mut client =
-        Client::new(&address.to_string(), "omega node revoke", security, None).map_err(failed)?;
+        Client::new(&address.to_string(), "omega node revoke", security, name).map_err(failed)?;
     let der = crl.der().to_vec();
     let reply =
         client.call(Class::Control, revocation::OPCODE, &[], der, MAX_CRL, timeout).map_err(failed)?;
@@ -262,8 +272,9 @@ fn push(address: SocketAddr, security: &Security, crl: &Crl, timeout: Duration) 
         return Err(format!("it refused, status {}", reply.status.0));
     }
     match revocation::number(&reply.body) {
-        Some(number) if number >= crl.number() => Ok(reply.payload),
-        Some(number) => Err(format!("it kept list {number}")),
+        // Without a list it says that it has this one.
+        Some(number) if number == crl.number() || !reply.payload.is_empty() => Ok(reply.payload),
+        Some(number) => Err(format!("it keeps list {number} and does not show it")),
         None => Err("its answer makes no sense".to_owned()),
     }
 }

@@ -10,6 +10,7 @@ use std::collections::BTreeSet;
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use nix::fcntl::{Flock, FlockArg};
@@ -20,7 +21,7 @@ use rustls::pki_types::{
 
 use super::folder::{self, Parts};
 use super::join::token::Secret;
-use super::{Crl, Error, Fingerprint, Identity, NodeName, Peer, Roles, Serial};
+use super::{Crl, Error, Fingerprint, Identity, NodeName, Peer, Role, Roles, Serial};
 
 use registry::{Invitation, Registry, State};
 
@@ -36,6 +37,9 @@ const KEY: &str = "ca.key";
 const REGISTRY: &str = "nodes.json";
 const LOCK: &str = "lock";
 const CRL: &str = "crl.pem";
+
+/// The name of who brings lists to agents.
+const MESSENGER: &str = "authority";
 
 /// An uncompressed point on P-256 (SEC 1, 2.3.3).
 const POINT: usize = 65;
@@ -162,7 +166,7 @@ impl Authority {
             let what = format!("The identity in {}", identity.display());
             return Err(Error::Unrelated { what, whose: "this household's authority" });
         }
-        if held.crl().number() >= crl.number() && !self.catch_up(held.crl().der())? {
+        if !self.catch_up(held.crl().der())? && held.crl().number() >= crl.number() {
             return Ok(());
         }
         folder::write_crl(identity, self.crl()?.der())
@@ -184,14 +188,18 @@ impl Authority {
         if !found {
             return Err(Error::NoNode(name.chars().filter(|c| !c.is_control()).collect()));
         }
-        registry.crl = registry.crl.saturating_add(1);
+        if let Ok(stored) = self.stored_crl() {
+            // Of the files, `nodes.json` alone may have been put back.
+            stored.serials().for_each(|serial| registry.revoke(serial, now));
+        }
+        registry.crl = self.next_number(registry.crl);
         self.store(&registry)?;
         self.current_crl(&registry)
     }
 
     /// Learns from a list that this authority itself once signed and no longer knows, because its folder was put
-    /// back from an older copy: nodes would keep that one, whose number is as high, instead of a new one. `true`:
-    /// there is a still newer one now that names what both do.
+    /// back from an older copy: nodes keep that one instead of a list that is no newer or does not name all that
+    /// it does. `true`: there is a still newer one now that names what both do.
     ///
     /// # Errors
     /// It is not this authority's, or the registry cannot be written.
@@ -200,15 +208,36 @@ impl Authority {
         let _lock = self.lock()?;
         let mut registry = self.registry()?;
         let known = self.current_crl(&registry)?;
+        let forgotten = found.serials().any(|serial| !known.revokes(serial));
         let same = found.number() == known.number() && found.serials().eq(known.serials());
-        if found.number() < known.number() || same {
+        if !forgotten && (same || found.number() < known.number()) {
             return Ok(false);
         }
         let now = registry::seconds(SystemTime::now());
         found.serials().for_each(|serial| registry.revoke(serial, now));
-        registry.crl = found.number().saturating_add(1);
+        registry.crl = self.next_number(registry.crl.max(found.number()));
         self.store(&registry)?;
         self.current_crl(&registry).map(|_| true)
+    }
+
+    /// The next list's number: higher than `last`, than the stored list's and than the time in seconds, so that it
+    /// grows even if all files were put back from an old copy.
+    fn next_number(&self, last: u64) -> u64 {
+        let stored = self.stored_crl().map_or(0, |crl| crl.number());
+        last.max(stored).max(registry::seconds(SystemTime::now())).saturating_add(1)
+    }
+
+    /// An identity to bring lists to agents with: a console's, of this process alone, for the next hour. So what
+    /// was revoked is told even if this PC's own identity is damaged, or is what was revoked.
+    ///
+    /// # Errors
+    /// The authority cannot sign or read its registry.
+    pub fn messenger(&self) -> Result<Arc<Identity>, Error> {
+        let key = new_key()?;
+        let validity = Validity::from_now(SKEW);
+        let node = self.signer.node(&MESSENGER.parse()?, Role::Console.into(), &key, validity)?;
+        let (ca, crl) = (self.signer.certificate().clone(), self.crl()?.der().clone());
+        Identity::of(Parts { ca, node, key: pkcs8(&key), crl })
     }
 
     /// Invites somebody to become the node `name`. Only the secret's hash is stored.
@@ -328,10 +357,7 @@ impl Authority {
 
     /// The stored CRL if it is the registry's, else a new one: the last change may have been cut short.
     fn current_crl(&self, registry: &Registry) -> Result<Crl, Error> {
-        let path = self.folder.join(CRL);
-        let stored = folder::content(&path, 0o022, 0o644)
-            .and_then(|bytes| folder::decode::<CertificateRevocationListDer<'_>>(&path, &bytes))
-            .and_then(|der| Crl::verify(&der, self.signer.certificate()));
+        let stored = self.stored_crl();
         let revoked = registry.revoked()?;
         let named: BTreeSet<&Serial> = revoked.iter().map(|revoked| &revoked.serial).collect();
         if let Ok(crl) = stored
@@ -342,6 +368,13 @@ impl Authority {
         }
         let der = self.signer.crl(registry.crl, &revoked)?;
         folder::write_crl(&self.folder, &der)?;
+        Crl::verify(&der, self.signer.certificate())
+    }
+
+    fn stored_crl(&self) -> Result<Crl, Error> {
+        let path = self.folder.join(CRL);
+        let bytes = folder::content(&path, 0o022, 0o644)?;
+        let der: CertificateRevocationListDer<'_> = folder::decode(&path, &bytes)?;
         Crl::verify(&der, self.signer.certificate())
     }
 
