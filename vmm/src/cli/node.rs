@@ -55,6 +55,9 @@ fn invite(args: &NodeInvite) -> Result<(), Failure> {
     let signals = SignalFd::with_flags(&signals, flags).map_err(io::Error::from)?;
 
     let roles: Roles = args.roles.iter().copied().collect();
+    if let Some(warning) = taken(&args.name.to_string(), &authority.nodes()?, seconds()) {
+        eprintln!("{warning}\n");
+    }
     let invitation = Invitation::new(&authority, &args.name, roles, life, listener, addresses)?;
     tell(args, roles, invitation.token())?;
     let stop = || signals.read_signal().is_ok_and(|signal| signal.is_some());
@@ -81,6 +84,18 @@ fn invite(args: &NodeInvite) -> Result<(), Failure> {
         Outcome::Stopped => Err(Failure::failed("Withdrawn; the token is worthless now".to_owned())),
         Outcome::Failed(why) => Err(why.into()),
     }
+}
+
+/// What to consider before somebody is invited by a name that one of `nodes` has.
+fn taken(name: &str, nodes: &[Node], now: u64) -> Option<String> {
+    let valid = |node: &&Node| node.name == name && node.revoked.is_none() && node.expires > now;
+    let node = nodes.iter().rev().find(valid)?;
+    let since = date(node.issued);
+    Some(format!(
+        "There is a node `{name}` since {since}. Whoever joins with this token has its name and all that is \
+         allowed to it. That is right to renew its certificate; for another PC choose another name, and for one \
+         that is lost run `omega node revoke {name}` first."
+    ))
 }
 
 /// Says what to do with the token. The token alone is on standard output, for programs. It is not part of the
@@ -358,6 +373,16 @@ mod tests {
             rows,
             ["attic agent valid", "attic console ends", "lost agent revoked", "old agent expired"]
         );
+    }
+
+    #[test]
+    fn a_name_that_is_invited_again_is_told_of_while_a_certificate_of_it_is_good() {
+        let mut attic = node("attic", "agent", 9);
+        assert!(taken("attic", &[attic.clone()], 8).expect("told").contains("omega node revoke attic"));
+        assert_eq!(taken("cellar", &[attic.clone()], 8), None);
+        assert_eq!(taken("attic", &[attic.clone()], 9), None, "it has ended");
+        attic.revoked = Some(7);
+        assert_eq!(taken("attic", &[attic], 8), None);
     }
 
     #[test]

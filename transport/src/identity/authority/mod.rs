@@ -172,10 +172,10 @@ impl Authority {
         folder::write_crl(identity, self.crl()?.der())
     }
 
-    /// Revokes every certificate of the node `name` and returns the new CRL.
+    /// Revokes every certificate of the node `name`, makes its open invitations void, and returns the new CRL.
     ///
     /// # Errors
-    /// There is no such node, or the registry cannot be written.
+    /// There is no such node or invitation, or the registry cannot be written.
     pub fn revoke(&self, name: &str) -> Result<Crl, Error> {
         let _lock = self.lock()?;
         let mut registry = self.registry()?;
@@ -184,6 +184,13 @@ impl Authority {
         for node in registry.nodes.iter_mut().filter(|node| node.name == name) {
             found = true;
             node.revoked.get_or_insert(now);
+        }
+        // A token that is on its way would give the name to whoever has it.
+        for invitation in registry.invitations.iter_mut().filter(|invitation| invitation.name == name) {
+            if invitation.state == State::Open {
+                found = true;
+                invitation.state = State::Void;
+            }
         }
         if !found {
             return Err(Error::NoNode(name.chars().filter(|c| !c.is_control()).collect()));

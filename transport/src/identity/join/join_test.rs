@@ -244,6 +244,18 @@ fn who_joins_with_a_stolen_token_cannot_hide_it() {
 }
 
 #[test]
+fn a_token_for_a_name_that_is_revoked_is_void() {
+    let home = Home::new();
+    let (_, why) = home.while_waiting("attic", |token| {
+        home.authority.revoke("attic").expect("it is invited");
+        refused(join(token, &home.folder("attic"), None))
+    });
+    assert!(why.contains("withdrawn"), "{why}");
+    assert!(home.names().is_empty());
+    assert!(home.authority.revoke("attic").is_err(), "nothing is left");
+}
+
+#[test]
 fn wrong_secrets_do_not_void_what_was_used() {
     let home = Home::new();
     let name = "attic".parse().expect("a name");
