@@ -12,8 +12,8 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use serde::Serialize;
 use transport::blocking::Client;
-use transport::identity::authority::{Authority, MAX_TRIES, Node};
-use transport::identity::join::{self, Invitation, Outcome};
+use transport::identity::authority::{Authority, Node};
+use transport::identity::join::{self, Invitation, MAX_TRIES, Outcome};
 use transport::identity::{Crl, Identity, MAX_CRL, Reloading, Role, Roles, Security, revocation};
 use transport::wire::{Class, Status};
 

@@ -28,9 +28,6 @@ use registry::{Invitation, Registry, State};
 pub use registry::Node;
 pub(crate) use signing::{LIFE, Revoked, SKEW, Signer, Validity, new_key, node_params, pkcs8};
 
-/// After so many wrong secrets an invitation is void.
-pub const MAX_TRIES: u32 = 5;
-
 /// The authority's certificate, key, registry, lock and CRL.
 const CA: &str = "ca.pem";
 const KEY: &str = "ca.key";
@@ -278,24 +275,6 @@ impl Authority {
             _ => return Ok(()),
         }
         self.store(&registry)
-    }
-
-    /// Somebody tried a wrong secret while `secret` was waited for; `true`: that is void now.
-    pub(crate) fn wrong_try(&self, secret: &Secret) -> Result<bool, Error> {
-        let _lock = self.lock()?;
-        let mut registry = self.registry()?;
-        let Some(invitation) = registry.invitation(secret) else { return Ok(true) };
-        if invitation.state != State::Open {
-            // Nothing is left to guess; and who used it shall be told of, not who guessed afterwards.
-            return Ok(false);
-        }
-        invitation.tries = invitation.tries.saturating_add(1);
-        let void = invitation.tries >= MAX_TRIES;
-        if void {
-            invitation.state = State::Void;
-        }
-        self.store(&registry)?;
-        Ok(void)
     }
 
     /// Makes a node of whoever knows `secret`, once. Its name and roles are the invitation's; of the `request`

@@ -81,8 +81,6 @@ pub(super) struct Invitation {
     pub(super) name: String,
     roles: Vec<String>,
     pub(super) expires: u64,
-    /// Wrong secrets that were tried meanwhile.
-    pub(super) tries: u32,
     pub(super) state: State,
 }
 
@@ -101,7 +99,6 @@ impl Invitation {
             name: name.to_string(),
             roles: words(roles),
             expires: seconds(expires),
-            tries: 0,
             state: State::Open,
         }
     }

@@ -1,8 +1,9 @@
 //! The authority's side of a join: it waits for one new node.
 
 use std::io::{self, Write};
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -22,9 +23,13 @@ use super::{ALPN, PATIENCE, PORT};
 use crate::identity::authority::{Admitted, Authority, Node, Refused, SKEW};
 use crate::identity::{Error, NodeName, Roles, loaded};
 
-/// So many conversations at once, and so many of them with one address: the others are cut off.
+/// So many conversations at once, and so many of them with one [origin]. For one more the oldest is cut off that
+/// has asked for nothing yet: whoever joins does so in a moment.
 const MOST: usize = 16;
 const MOST_OF_ONE: usize = 4;
+/// After so many wrong secrets an invitation is void. Guessing is hopeless long before (a secret has 128 bits); fewer
+/// would let any stranger on the network end an invitation at once.
+pub const MAX_TRIES: u32 = 10_000;
 /// How often it is asked whether to stop.
 const LOOK: u16 = 100;
 
@@ -35,6 +40,16 @@ pub struct Invitation<'a> {
     config: Arc<ServerConfig>,
     token: Token,
     until: Instant,
+    /// Wrong secrets that were tried.
+    pub(super) wrong: AtomicU32,
+}
+
+/// A conversation that goes on.
+struct Conversation {
+    peer: SocketAddr,
+    socket: TcpStream,
+    /// It has come as far as a request.
+    asked: bool,
 }
 
 /// A new node.
@@ -96,7 +111,7 @@ impl<'a> Invitation<'a> {
         };
         let secret = authority.invite(name, roles, life)?;
         let token = Token { addresses, authority: authority.fingerprint(), secret, expires };
-        Ok(Self { authority, listener, config, token, until })
+        Ok(Self { authority, listener, config, token, until, wrong: AtomicU32::new(0) })
     }
 
     /// What the other PC needs to know.
@@ -119,7 +134,7 @@ impl<'a> Invitation<'a> {
 
     fn accept(&self, stop: &dyn Fn() -> bool) -> Outcome {
         let (said, heard) = mpsc::channel();
-        let busy = Mutex::new(Vec::<(SocketAddr, TcpStream)>::new());
+        let busy = Mutex::new(Vec::<Conversation>::new());
         let outcome = thread::scope(|scope| {
             let outcome = loop {
                 match heard.try_recv() {
@@ -133,22 +148,17 @@ impl<'a> Invitation<'a> {
                 }
                 let Some((socket, peer)) = self.next() else { continue };
                 let Ok(second) = socket.try_clone() else { continue };
-                let mut list = lock(&busy);
-                let same = list.iter().filter(|(other, _)| other.ip() == peer.ip()).count();
-                if list.len() >= MOST || same >= MOST_OF_ONE {
+                if !make_room(&mut lock(&busy), peer) {
                     continue;
                 }
-                list.push((peer, second));
-                drop(list);
+                lock(&busy).push(Conversation { peer, socket: second, asked: false });
                 let (said, busy) = (said.clone(), &busy);
                 scope.spawn(move || {
-                    self.converse(socket, peer, &said);
-                    lock(busy).retain(|(other, _)| *other != peer);
+                    self.converse(socket, peer, busy, &said);
+                    lock(busy).retain(|other| other.peer != peer);
                 });
             };
-            for (_, socket) in &*lock(&busy) {
-                socket.shutdown(std::net::Shutdown::Both).ok();
-            }
+            lock(&busy).iter().for_each(Conversation::cut);
             outcome
         });
         // All conversations are over. Who became a node while this was about to end otherwise is told of.
@@ -170,7 +180,13 @@ impl<'a> Invitation<'a> {
     }
 
     /// Everything with one who connected. What breaks off here is the other side's affair.
-    fn converse(&self, socket: TcpStream, peer: SocketAddr, said: &Sender<Said>) -> Option<()> {
+    fn converse(
+        &self,
+        socket: TcpStream,
+        peer: SocketAddr,
+        busy: &Mutex<Vec<Conversation>>,
+        said: &Sender<Said>,
+    ) -> Option<()> {
         socket.set_nodelay(true).ok();
         let tls = ServerConnection::new(Arc::clone(&self.config)).ok()?;
         let mut stream = StreamOwned::new(tls, Timed::new(socket, PATIENCE));
@@ -181,6 +197,7 @@ impl<'a> Invitation<'a> {
             return None;
         }
         let request = Request::read(&mut stream).ok()?;
+        lock(busy).iter_mut().filter(|other| other.peer == peer).for_each(|this| this.asked = true);
         match self.admit(&request, peer) {
             Ok((node, Admitted { ca, node: certificate, crl })) => {
                 // First: who keeps the conversation open does not keep it secret that he joined.
@@ -195,10 +212,8 @@ impl<'a> Invitation<'a> {
                 said.send(Said::Confirmed(stored.unwrap_or(false))).ok()
             }
             Err((why, what)) => {
-                if let Some(what) = what {
-                    said.send(what).ok();
-                }
-                send(&mut stream, &Answer::Refused(why.to_string())).ok()
+                send(&mut stream, &Answer::Refused(why.to_string())).ok();
+                what.and_then(|what| said.send(what).ok())
             }
         }
     }
@@ -221,16 +236,44 @@ impl<'a> Invitation<'a> {
         let said = match &refused {
             // Whoever knew a secret once guesses nothing.
             Refused::Used | Refused::Expired | Refused::Void | Refused::Store(_) => None,
-            Refused::Unknown | Refused::Request => match self.authority.wrong_try(&self.token.secret) {
-                Ok(true) => Some(Said::Void),
-                Ok(false) => None,
-                Err(why) => Some(Said::Failed(why)),
-            },
+            Refused::Unknown | Refused::Request => {
+                let before = self.wrong.fetch_add(1, Ordering::Relaxed);
+                (before.saturating_add(1) >= MAX_TRIES).then_some(Said::Void)
+            }
         };
         match refused {
             Refused::Store(why) => Err((Refused::Unknown, Some(Said::Failed(why)))),
             other => Err((other, said)),
         }
+    }
+}
+
+impl Conversation {
+    fn cut(&self) {
+        self.socket.shutdown(Shutdown::Both).ok();
+    }
+}
+
+/// Makes room in `busy` for one with `peer`; `false`: there is none.
+fn make_room(busy: &mut Vec<Conversation>, peer: SocketAddr) -> bool {
+    let same = |other: &Conversation| origin(other.peer.ip()) == origin(peer.ip());
+    let crowded = busy.iter().filter(|other| same(other)).count() >= MOST_OF_ONE;
+    if !crowded && busy.len() < MOST {
+        return true;
+    }
+    let idle = busy.iter().position(|other| !other.asked && (!crowded || same(other)));
+    // It ends by that.
+    idle.map(|at| busy.remove(at).cut()).is_some()
+}
+
+/// Who has an address of IPv6 has all those of its subnet, a /64.
+fn origin(ip: IpAddr) -> IpAddr {
+    match ip.to_canonical() {
+        IpAddr::V6(ip) => {
+            let [a, b, c, d, ..] = ip.segments();
+            IpAddr::from([a, b, c, d, 0, 0, 0, 0])
+        }
+        ip => ip,
     }
 }
 
@@ -338,4 +381,44 @@ pub fn listen(address: Option<SocketAddr>) -> io::Result<TcpListener> {
         TcpListener::bind(("::", port)).or_else(|_| TcpListener::bind(("0.0.0.0", port)))
     };
     any(PORT).or_else(|_| any(0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Conversations with these addresses, oldest first.
+    fn conversations(listener: &TcpListener, peers: &[SocketAddr]) -> Vec<Conversation> {
+        let to = listener.local_addr().expect("an address");
+        let one = |peer: &SocketAddr| {
+            let socket = TcpStream::connect(to).expect("it listens");
+            Conversation { peer: *peer, socket, asked: false }
+        };
+        peers.iter().map(one).collect()
+    }
+
+    fn v6(net: u16, host: u16) -> SocketAddr {
+        (IpAddr::from([0xfd00, 0, 0, net, 0, 0, 0, host]), host).into()
+    }
+
+    #[test]
+    fn the_oldest_of_a_crowd_that_asks_for_nothing_makes_room() {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+        let crowd: Vec<_> = (1..=4).map(|host| v6(1, host)).collect();
+        let mut busy = conversations(&listener, &[vec![v6(2, 9)], crowd].concat());
+        busy[1].asked = true;
+        assert!(make_room(&mut busy, v6(3, 1)) && busy.len() == 5, "there is room for another subnet");
+        assert!(make_room(&mut busy, v6(1, 5)));
+        let left: Vec<_> = busy.iter().map(|one| one.peer).collect();
+        assert_eq!(left, [v6(2, 9), v6(1, 1), v6(1, 3), v6(1, 4)], "of its own subnet the oldest idle one");
+
+        let all: Vec<_> = (0..16).map(|net| v6(net, 1)).collect();
+        let mut busy = conversations(&listener, &all);
+        busy[0].asked = true;
+        assert!(make_room(&mut busy, v6(99, 1)));
+        assert_eq!((busy.len(), busy[0].peer, busy[1].peer), (15, all[0], all[2]));
+        let mut busy = conversations(&listener, &all);
+        busy.iter_mut().for_each(|one| one.asked = true);
+        assert!(!make_room(&mut busy, v6(99, 1)), "who is joining is not cut off");
+    }
 }

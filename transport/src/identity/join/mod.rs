@@ -16,7 +16,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-pub use invitation::{Invitation, Joined, Outcome, addresses, listen};
+pub use invitation::{Invitation, Joined, MAX_TRIES, Outcome, addresses, listen};
 pub use joiner::join;
 pub use token::Token;
 
