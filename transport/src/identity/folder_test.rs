@@ -123,6 +123,7 @@ fn only_a_newer_list_that_the_household_signed_is_taken_and_it_is_stored() {
     fs::write(folder.join(CRL), folder::text("X509 CRL", &before)).unwrap();
     handle.reload().expect("readable");
     assert!(handle.current().crl().revokes(lost.serial()), "what is known is not forgotten");
+    assert!(Identity::load(&folder).expect("whole").crl().revokes(lost.serial()), "nor by a restart");
 }
 
 #[test]
@@ -138,6 +139,27 @@ fn a_list_that_cannot_be_stored_is_in_force_all_the_same() {
     assert!(handle.current().crl().revokes(lost.serial()));
     assert!(handle.reload().is_err(), "nothing to load");
     assert!(handle.current().crl().revokes(lost.serial()), "and nothing lost");
+}
+
+#[test]
+fn a_list_that_could_not_be_stored_is_stored_as_soon_as_that_is_possible() {
+    let mut house = Household::new();
+    let lost = house.console("lost");
+    let folder = house.folder(&house.agent("attic"));
+    let handle = Reloading::load(&folder).expect("an identity");
+    house.revoke(lost.serial());
+    // A folder in the list's place: neither root nor anybody else writes over it.
+    let (list, aside) = (folder.join(CRL), folder.join("aside"));
+    fs::rename(&list, &aside).unwrap();
+    fs::create_dir(&list).unwrap();
+    let taken = handle.take_crl(&house.crl()).expect("signed");
+    assert!(taken.newer && taken.not_stored.is_some(), "{taken:?}");
+    assert!(handle.reload().is_err(), "still not");
+    fs::remove_dir(&list).unwrap();
+    fs::rename(&aside, &list).unwrap();
+    assert!(!Identity::load(&folder).expect("whole").crl().revokes(lost.serial()));
+    assert!(!handle.reload().expect("it can be written"), "nothing else is in force");
+    assert!(Identity::load(&folder).expect("whole").crl().revokes(lost.serial()), "stored");
 }
 
 #[test]

@@ -23,8 +23,16 @@ pub struct Reloading {
 #[derive(Debug)]
 struct Store {
     folder: PathBuf,
-    /// What the files were when they were read last. Held while the identity changes.
-    seen: Mutex<Option<Stamp>>,
+    /// Held while the identity changes.
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// What the files were when they were read last.
+    seen: Option<Stamp>,
+    /// The CRL in force is newer than the folder's.
+    unstored: bool,
 }
 
 /// Changes with the files: inode, size and time of each.
@@ -40,7 +48,7 @@ pub struct Taken {
     /// It was not taken, though its number is not lower: it does not name all that the one in force does, or, with
     /// the same number, names more. The authority was put back from an old copy; `omega node revoke` finds out.
     pub conflicting: bool,
-    /// It is in force but could not be stored: a restart forgets it until somebody sends it again.
+    /// It is in force but could not be stored; [`reload`](Reloading::reload) tries again.
     pub not_stored: Option<Error>,
 }
 
@@ -52,7 +60,8 @@ impl Reloading {
     pub fn load(folder: &Path) -> Result<Arc<Self>, Error> {
         let seen = stamp(folder);
         let current = RwLock::new(Identity::load(folder)?);
-        let store = Some(Store { folder: folder.to_owned(), seen: Mutex::new(seen) });
+        let store =
+            Some(Store { folder: folder.to_owned(), state: Mutex::new(State { seen, unstored: false }) });
         Ok(Arc::new(Self { current, offers: Offers::default(), store }))
     }
 
@@ -89,27 +98,35 @@ impl Reloading {
     }
 
     /// Takes the folder's files if they changed since they were read; `true`: the identity is another. Of the
-    /// CRLs of one authority the newest stays in force, wherever it came from.
+    /// CRLs of one authority the newest stays in force, wherever it came from, and is stored if it is not yet.
     ///
     /// # Errors
-    /// As [`Identity::load`]; the identity stays as it was, and the next call tries again.
+    /// As [`Identity::load`], or the CRL still cannot be stored; the identity stays as it was, and the next call
+    /// tries again.
     pub fn reload(&self) -> Result<bool, Error> {
         let Some(store) = &self.store else { return Ok(false) };
-        let mut seen = lock(&store.seen);
+        let mut state = lock(&store.state);
         let found = stamp(&store.folder);
-        if found.is_some() && found == *seen {
-            return Ok(false);
+        let mut changed = false;
+        if found.is_none() || found != state.seen {
+            let (old, mut new) = (self.current(), Identity::load(&store.folder)?);
+            state.unstored = old.authority() == new.authority() && old.crl().number() > new.crl().number();
+            if state.unstored {
+                new = new.with_crl(old.crl())?;
+            }
+            state.seen = found;
+            changed = old.serial() != new.serial()
+                || old.authority() != new.authority()
+                || old.crl().number() != new.crl().number();
+            self.set(new);
         }
-        let (old, mut new) = (self.current(), Identity::load(&store.folder)?);
-        if old.authority() == new.authority() && old.crl().number() > new.crl().number() {
-            new = new.with_crl(old.crl())?;
+        if state.unstored
+            && let Err(why) = store.keep(&mut state, self.current().crl())
+            && !changed
+        {
+            return Err(why);
         }
-        *seen = found;
-        let same = old.serial() == new.serial()
-            && old.authority() == new.authority()
-            && old.crl().number() == new.crl().number();
-        self.set(new);
-        Ok(!same)
+        Ok(changed)
     }
 
     /// Takes the CRL `der`, whoever sent it, if the household's authority signed it and it is newer than the
@@ -118,7 +135,7 @@ impl Reloading {
     /// # Errors
     /// It is damaged or another authority's; nothing changed.
     pub fn take_crl(&self, der: &[u8]) -> Result<Taken, Error> {
-        let mut seen = self.store.as_ref().map(|store| lock(&store.seen));
+        let mut state = self.store.as_ref().map(|store| lock(&store.state));
         let old = self.current();
         let held = old.crl().number();
         if der == old.crl().der().as_ref() {
@@ -132,20 +149,27 @@ impl Reloading {
             return Ok(Taken { number: held, newer: false, conflicting, not_stored: None });
         }
         self.set(old.with_crl(&crl)?);
-        let mut not_stored = None;
-        if let (Some(store), Some(seen)) = (&self.store, &mut seen) {
-            let untouched = stamp(&store.folder) == **seen;
-            not_stored = folder::write_crl(&store.folder, crl.der()).err();
-            if untouched {
-                // Our own change is no reason to read the files again.
-                **seen = stamp(&store.folder);
-            }
-        }
+        let store = self.store.as_ref().zip(state.as_mut());
+        let not_stored = store.and_then(|(store, state)| store.keep(state, &crl).err());
         Ok(Taken { number: crl.number(), newer: true, conflicting: false, not_stored })
     }
 
     fn set(&self, identity: Arc<Identity>) {
         *self.current.write().unwrap_or_else(PoisonError::into_inner) = identity;
+    }
+}
+
+impl Store {
+    /// Writes `crl` into the folder, or remembers that this is still to be done.
+    fn keep(&self, state: &mut State, crl: &Crl) -> Result<(), Error> {
+        let untouched = stamp(&self.folder) == state.seen;
+        let kept = folder::write_crl(&self.folder, crl.der());
+        state.unstored = kept.is_err();
+        if untouched {
+            // Our own change is no reason to read the files again.
+            state.seen = stamp(&self.folder);
+        }
+        kept
     }
 }
 
