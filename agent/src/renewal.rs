@@ -23,7 +23,8 @@ impl Renewal {
     }
 
     /// Takes what changed in the identity's folder, if it is time to look or somebody asked for it. A renewed
-    /// certificate counts for new connections; of those that are there only revoked peers' are cut.
+    /// certificate counts for new connections; of those that are there only those are cut whose peers are revoked,
+    /// past their certificate's end, or of a household that this PC has left.
     pub(crate) fn look(&mut self, agent: &Agent, asked: bool) {
         let Security::Tls(identity) = &agent.security else { return };
         if !asked && self.looked.elapsed() < LOOK_EVERY {
@@ -40,7 +41,6 @@ impl Renewal {
                 if let Some(warning) = expiry(&current) {
                     tracing::warn!("{warning}");
                 }
-                agent.cut_revoked();
             }
             Err(why) if why.to_string() == self.said => {}
             Err(why) => {
@@ -48,5 +48,7 @@ impl Renewal {
                 tracing::error!("The identity changed and cannot be used; the old one stays: {}", self.said);
             }
         }
+        // Also of itself a certificate ends.
+        agent.cut_revoked();
     }
 }

@@ -258,12 +258,12 @@ impl Agent {
         serde_json::to_vec(&inventory::take()).unwrap_or_default()
     }
 
-    /// Ends the connections of peers whose certificates are revoked by what is known now. Their sessions cannot
+    /// Ends the connections of peers whose certificates are revoked by what is known now, or are not valid any more. Their sessions cannot
     /// go on over new ones, so their leases expire.
     pub(crate) fn cut_revoked(&self) {
         let Security::Tls(identity) = &self.security else { return };
         for node in self.sessions.revoke(|peer| identity.revokes(peer)) {
-            tracing::warn!(%node, "The node's certificate was revoked; its connection is cut");
+            tracing::warn!(%node, "The node's certificate was revoked or is not valid any more; its connection is cut");
         }
     }
 

@@ -154,14 +154,15 @@ impl Sessions {
     }
 
     /// Ends every live connection whose peer `is_revoked`, with that reason on both sides, and returns the
-    /// names of those peers. Call it after what they are judged by has changed: a connection that is just being
+    /// names of those peers, each once. Call it after what they are judged by has changed: a connection that is just being
     /// made looks there itself.
     pub fn revoke(&self, is_revoked: impl Fn(&Peer) -> bool) -> Vec<String> {
         let mut names = Vec::new();
         for present in lock(&self.present).values().filter(|present| is_revoked(&present.peer)) {
-            present.revoked.store(true, Ordering::Relaxed);
-            (present.wake)();
-            names.push(present.peer.name.clone());
+            if !present.revoked.swap(true, Ordering::Relaxed) {
+                (present.wake)();
+                names.push(present.peer.name.clone());
+            }
         }
         names
     }

@@ -558,7 +558,7 @@ fn a_revoked_node_loses_its_live_connection_and_gets_no_other() {
     assert!(revoked.lost[0].contains("The certificate of desk was revoked"), "{:?}", revoked.lost);
     assert!(revoked.lost[1].contains("certificate was revoked"), "{:?}", revoked.lost);
     let closed = server.closed.lock().unwrap().clone();
-    assert_eq!(closed[0], "The certificate of desk was revoked");
+    assert_eq!(closed[0], "The certificate of desk was revoked, has ended, or is of another household");
     works(&mut other);
     assert_eq!((other.opened, other.lost.len()), (1, 0), "{:?}", other.lost);
     assert_eq!(server.sessions.revoke(|_| true), ["shed"], "only who is there is found");
@@ -609,6 +609,46 @@ fn an_answer_that_is_not_out_when_its_asker_is_revoked_stays_here() {
     });
     assert!(client.lost[0].contains("The certificate of desk was revoked"), "{:?}", client.lost);
     assert!(client.answers.is_empty(), "{:?}", client.answers);
+}
+
+#[test]
+fn a_connection_does_not_outlive_the_certificate_by_which_it_was_made() {
+    let house = Household::new();
+    let life = Duration::from_secs(6);
+    let attic = house.short_lived("attic", Role::Agent.into(), life);
+    let server = Server::secured(Limits::default(), security(&attic));
+    let mut client = Client::secured(server.address, security(&house.console("desk")), None);
+    works(&mut client);
+    client.until("the end", |c| !c.lost.is_empty());
+    assert!(client.lost[0].contains("The certificate of attic"), "{:?}", client.lost);
+    assert!(std::time::SystemTime::now() >= attic.expires(), "not before its time");
+
+    let identity = Reloading::in_memory(house.agent("attic"));
+    let server = Server::secured(Limits::default(), Security::Tls(identity.clone()));
+    let desk = house.short_lived("desk", Role::Console.into(), life);
+    let mut client = Client::secured(server.address, security(&desk), None);
+    works(&mut client);
+    wait_for("the end", || (server.sessions.revoke(|peer| identity.revokes(peer)) == ["desk"]).then_some(()));
+    client.until("the end and the refusal", |c| c.lost.len() >= 2);
+    assert!(client.lost[0].contains("The certificate of desk"), "{:?}", client.lost);
+}
+
+#[test]
+fn who_goes_to_another_household_keeps_no_connection_of_the_old_one() {
+    let (old, new) = (Household::new(), Household::new());
+    let folder = old.folder(&old.agent("attic"));
+    let identity = Reloading::load(&folder).unwrap();
+    let server = Server::secured(Limits::default(), Security::Tls(identity.clone()));
+    let mut client = Client::secured(server.address, security(&old.console("desk")), None);
+    works(&mut client);
+    let joined = new.folder(&new.agent("attic"));
+    for name in ["ca.pem", "node.pem", "node.key", "crl.pem"] {
+        std::fs::copy(joined.join(name), folder.join(name)).unwrap();
+    }
+    assert!(identity.reload().unwrap());
+    assert_eq!(server.sessions.revoke(|peer| identity.revokes(peer)), ["desk"]);
+    client.until("the end", |c| !c.lost.is_empty());
+    assert!(client.lost[0].contains("of another household"), "{:?}", client.lost);
 }
 
 #[test]

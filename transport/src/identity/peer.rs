@@ -90,6 +90,8 @@ pub struct Peer {
     pub serial: Serial,
     /// Its certificate's end.
     pub expires: SystemTime,
+    /// The authority by whose certificate TLS verified all this; `None` if it did not.
+    pub authority: Option<Fingerprint>,
 }
 
 impl Peer {
@@ -126,6 +128,6 @@ impl Peer {
         let expires = SystemTime::UNIX_EPOCH
             .checked_add(Duration::from_secs(end))
             .ok_or_else(|| wrong("its end is out of range"))?;
-        Ok(Self { name: node.to_string(), roles, serial, expires })
+        Ok(Self { name: node.to_string(), roles, serial, expires, authority: None })
     }
 }

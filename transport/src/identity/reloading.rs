@@ -5,6 +5,7 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::SystemTime;
 
 use super::folder::{self, CA, CRL, KEY, NODE};
 use super::offers::Offers;
@@ -91,10 +92,13 @@ impl Reloading {
         Arc::clone(&self.current.read().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Whether `peer`'s certificate is revoked by what is known now.
+    /// Whether `peer`, who once proved who it is, can do so no more: its certificate is revoked by what is known
+    /// now, has ended, or is of another household than this PC's identity is now.
     #[must_use]
     pub fn revokes(&self, peer: &Peer) -> bool {
-        self.current().crl().revokes(&peer.serial)
+        let identity = self.current();
+        let foreign = peer.authority.is_some_and(|authority| authority != identity.authority());
+        foreign || peer.expires < SystemTime::now() || identity.crl().revokes(&peer.serial)
     }
 
     /// Takes the folder's files if they changed since they were read; `true`: the identity is another. Of the

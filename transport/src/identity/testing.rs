@@ -59,6 +59,12 @@ impl Household {
         Identity::of(self.parts(name, roles, Validity::from_now(LIFE))).expect("an identity")
     }
 
+    /// A node whose certificate ends after `life`.
+    #[must_use]
+    pub fn short_lived(&self, name: &str, roles: Roles, life: Duration) -> Arc<Identity> {
+        Identity::of(self.parts(name, roles, Validity::from_now(life))).expect("an identity")
+    }
+
     /// A node whose certificate ended yesterday.
     #[must_use]
     pub fn expired(&self, name: &str, roles: Roles) -> Arc<Identity> {

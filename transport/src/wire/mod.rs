@@ -111,8 +111,8 @@ pub enum Fault {
     /// The end came without TLS's word for it.
     #[error("The connection was cut")]
     Cut,
-    /// The peer's certificate was revoked while it was connected.
-    #[error("The certificate of {0} was revoked")]
+    /// The peer's certificate was revoked or ended while it was connected, or this PC went to another household.
+    #[error("The certificate of {0} was revoked, has ended, or is of another household")]
     Revoked(String),
     /// The address leads to another node than at first.
     #[error("The node here is {1}, and the first connection was to {0}; if that is meant, start anew")]

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use rustls::{ClientConnection, Connection, ExtractedSecrets, ServerConnection};
 
 use super::{CIPHERTEXT, Content, HEADER, words};
-use crate::identity::{Identity, Peer, Reloading};
+use crate::identity::{Fingerprint, Identity, Peer, Reloading};
 use crate::wire::Fault;
 
 /// The longest time for a handshake.
@@ -29,6 +29,8 @@ const PLAIN: &[u8; HEADER] = b"omega";
 pub(crate) struct Handshake {
     connection: Connection,
     security: Arc<Reloading>,
+    /// By whose certificate the other side is verified.
+    authority: Fingerprint,
     /// The record that is coming in.
     record: Vec<u8>,
     /// Bytes so far.
@@ -62,8 +64,9 @@ impl Handshake {
     /// `expected` is no name of a node, or the identity cannot be used.
     pub(crate) fn asking(security: &Arc<Reloading>, expected: Option<&str>) -> Result<Self, Fault> {
         let name = Identity::server_name(expected).map_err(|e| Fault::Tls(e.to_string()))?;
-        let connection = ClientConnection::new(security.current().client_config(), name);
-        Ok(Self::new(connection.map_err(|e| words::failed(&e))?.into(), security))
+        let identity = security.current();
+        let connection = ClientConnection::new(identity.client_config(), name);
+        Ok(Self::new(connection.map_err(|e| words::failed(&e))?.into(), security, identity.authority()))
     }
 
     /// The accepting side's, with the identity that is current.
@@ -71,14 +74,24 @@ impl Handshake {
     /// # Errors
     /// The identity cannot be used.
     pub(crate) fn answering(security: &Arc<Reloading>) -> Result<Self, Fault> {
-        let connection = ServerConnection::new(security.current().server_config());
-        Ok(Self::new(connection.map_err(|e| words::failed(&e))?.into(), security))
+        let identity = security.current();
+        let connection = ServerConnection::new(identity.server_config());
+        Ok(Self::new(connection.map_err(|e| words::failed(&e))?.into(), security, identity.authority()))
     }
 
-    fn new(connection: Connection, security: &Arc<Reloading>) -> Self {
+    fn new(connection: Connection, security: &Arc<Reloading>, authority: Fingerprint) -> Self {
         let (record, out) = (Vec::new(), Vec::new());
         let deadline = Instant::now() + WITHIN;
-        Self { connection, security: security.clone(), record, received: 0, out, sent: 0, deadline }
+        Self {
+            connection,
+            security: security.clone(),
+            authority,
+            record,
+            received: 0,
+            out,
+            sent: 0,
+            deadline,
+        }
     }
 
     /// When it must be over.
@@ -211,7 +224,8 @@ impl Handshake {
     pub(crate) fn finish(self) -> Result<Secured, Fault> {
         let certificate = self.connection.peer_certificates().and_then(|chain| chain.first());
         let missing = || Fault::Tls("The peer showed no certificate".to_owned());
-        let peer = Peer::of(certificate.ok_or_else(missing)?).map_err(|e| Fault::Tls(e.to_string()))?;
+        let mut peer = Peer::of(certificate.ok_or_else(missing)?).map_err(|e| Fault::Tls(e.to_string()))?;
+        peer.authority = Some(self.authority);
         if self.connection.alpn_protocol() != Some(crate::identity::ALPN) {
             return Err(Fault::Tls("The peer speaks TLS, but not Omega's protocol".to_owned()));
         }
