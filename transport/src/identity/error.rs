@@ -40,6 +40,9 @@ pub enum Error {
         /// The mode that it should have.
         right: u32,
     },
+    /// Whoever owns the folder around it could have others written or read by it.
+    #[error("{path} is a symbolic link; put what it names in its place", path = .0.display())]
+    Link(PathBuf),
     /// A file or message is not what it should be.
     #[error("{what} is damaged: {why}")]
     Malformed {

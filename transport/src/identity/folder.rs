@@ -3,9 +3,14 @@
 //! A folder is replaced as a whole. The new files are written beside the old ones as `*.new`, then the file
 //! `commit` says that all of them are there, then they take the old ones' places. Whoever finds `commit`
 //! finishes what was begun; without it, `*.new` means nothing.
+//!
+//! Root writes into folders of services that it does not trust so far (`omega-agent join`): neither the folder nor
+//! a file in it may be a symbolic link, and what is written goes into the folder that was looked at, whatever has
+//! its name by then.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
@@ -64,10 +69,10 @@ impl Clone for Parts {
 
 /// Reads `folder`, after finishing a replacement that was cut short.
 pub(crate) fn read(folder: &Path) -> Result<Parts, Error> {
-    if folder.join(COMMIT).exists() {
-        finish(folder)?;
-    }
     guard(folder, 0o022, 0o700)?;
+    if folder.join(COMMIT).exists() {
+        Held::of(folder)?.within(finish)?;
+    }
     Ok(Parts {
         ca: part(folder, CA)?,
         node: part(folder, NODE)?,
@@ -86,12 +91,56 @@ pub(crate) fn write(folder: &Path, parts: &Parts) -> Result<(), Error> {
         text("PRIVATE KEY", key.secret_pkcs8_der()),
         text("X509 CRL", crl),
     ];
-    for ((name, mode), text) in FILES.into_iter().zip(texts) {
-        put(&folder.join(fresh(name)), text.as_bytes(), mode)?;
+    Held::of(folder)?.within(|folder| {
+        for ((name, mode), text) in FILES.into_iter().zip(texts) {
+            put(&folder.join(fresh(name)), text.as_bytes(), mode)?;
+        }
+        put(&folder.join(COMMIT), b"", 0o600)?;
+        sync(folder)?;
+        finish(folder)
+    })
+}
+
+/// Makes sure that something can be stored in `folder`, which is made if there is none.
+pub(crate) fn try_out(folder: &Path) -> Result<(), Error> {
+    make(folder)?;
+    guard(folder, 0o022, 0o700)?;
+    Held::of(folder)?.within(|folder| {
+        let probe = folder.join("probe");
+        put(&probe, b"", 0o600)?;
+        fs::remove_file(&probe).map_err(|source| Error::File { path: probe, source })
+    })
+}
+
+/// A folder that is held open.
+struct Held<'a> {
+    open: File,
+    folder: &'a Path,
+}
+
+impl<'a> Held<'a> {
+    fn of(folder: &'a Path) -> Result<Self, Error> {
+        let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
+        let flags = libc::O_DIRECTORY | libc::O_NOFOLLOW;
+        match OpenOptions::new().read(true).custom_flags(flags).open(folder) {
+            Ok(open) => Ok(Self { open, folder }),
+            Err(_) if folder.is_symlink() => Err(Error::Link(folder.to_owned())),
+            Err(source) => Err(Error::File { path: folder.to_owned(), source }),
+        }
     }
-    put(&folder.join(COMMIT), b"", 0o600)?;
-    sync(folder)?;
-    finish(folder)
+
+    /// Does something by a path that leads into this very folder.
+    fn within(&self, act: impl FnOnce(&Path) -> Result<(), Error>) -> Result<(), Error> {
+        let inside = PathBuf::from(format!("/proc/self/fd/{}", self.open.as_raw_fd()));
+        act(&inside).map_err(|why| match why {
+            Error::File { path, source } => {
+                let path =
+                    path.strip_prefix(&inside).map_or_else(|_| path.clone(), |rest| self.folder.join(rest));
+                Error::File { path, source }
+            }
+            other => other,
+        })
+    }
 }
 
 /// Replaces the CRL alone.
@@ -102,8 +151,10 @@ pub(crate) fn write_crl(folder: &Path, crl: &CertificateRevocationListDer<'_>) -
 /// Makes `folder`, closed to others, and what leads to it.
 pub(crate) fn make(folder: &Path) -> Result<(), Error> {
     let failed = |source| Error::File { path: folder.to_owned(), source };
-    if folder.is_dir() {
-        return Ok(());
+    match fs::symlink_metadata(folder) {
+        Ok(about) if about.is_symlink() => return Err(Error::Link(folder.to_owned())),
+        Ok(about) if about.is_dir() => return Ok(()),
+        _ => {}
     }
     if let Some(above) = folder.parent() {
         fs::create_dir_all(above).map_err(failed)?;
@@ -126,20 +177,27 @@ fn bequeath(made: &File, path: &Path) -> io::Result<()> {
 /// Replaces the file at `path`, on stable storage, wholly or not at all.
 pub(crate) fn replace(path: &Path, bytes: &[u8], mode: u32) -> Result<(), Error> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
-    // The number keeps two processes that do this at once apart.
-    let beside = path.with_file_name(format!("{name}.{}.new", std::process::id()));
-    let done = put(&beside, bytes, mode).and_then(|()| rename(&beside, path));
-    if done.is_err() {
-        fs::remove_file(&beside).ok();
-    }
-    done?;
-    path.parent().map_or(Ok(()), sync)
+    Held::of(path.parent().unwrap_or(Path::new("/")))?.within(|folder| {
+        // The number keeps two processes that do this at once apart.
+        let beside = folder.join(format!("{name}.{}.new", std::process::id()));
+        let done = put(&beside, bytes, mode).and_then(|()| rename(&beside, &folder.join(&*name)));
+        if done.is_err() {
+            fs::remove_file(&beside).ok();
+        }
+        done?;
+        sync(folder)
+    })
 }
 
 /// A file's whole content, as far as others cannot have it.
 pub(crate) fn content(path: &Path, forbidden: u32, right: u32) -> Result<Vec<u8>, Error> {
     let failed = |source| Error::File { path: path.to_owned(), source };
-    let file = File::open(path).map_err(failed)?;
+    // No link, and nothing that is waited for.
+    let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
+    let file =
+        OpenOptions::new().read(true).custom_flags(flags).open(path).map_err(|source| {
+            if path.is_symlink() { Error::Link(path.to_owned()) } else { failed(source) }
+        })?;
     let mode = file.metadata().map_err(failed)?.permissions().mode() & 0o777;
     if mode & forbidden != 0 {
         return Err(Error::Exposed { path: path.to_owned(), mode, right });
@@ -155,7 +213,8 @@ pub(crate) fn content(path: &Path, forbidden: u32, right: u32) -> Result<Vec<u8>
 /// Refuses a folder that is open to others in a way that `forbidden` names.
 pub(crate) fn guard(folder: &Path, forbidden: u32, right: u32) -> Result<(), Error> {
     let failed = |source| Error::File { path: folder.to_owned(), source };
-    let mode = match fs::metadata(folder) {
+    let mode = match fs::symlink_metadata(folder) {
+        Ok(about) if about.is_symlink() => return Err(Error::Link(folder.to_owned())),
         Ok(about) => about.permissions().mode() & 0o777,
         Err(why) if why.kind() == io::ErrorKind::NotFound => {
             return Err(Error::Missing { folder: folder.to_owned(), file: NODE });

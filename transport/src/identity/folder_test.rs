@@ -278,6 +278,57 @@ fn what_root_makes_belongs_to_whoever_owns_the_folder_around_it() {
 }
 
 #[test]
+fn what_root_writes_follows_no_link_out_of_the_folder() {
+    use std::os::unix::fs::symlink;
+    let house = Household::new();
+    let (attic, other) = (house.agent("attic"), house.agent("other"));
+    let (folder, elsewhere) = (house.path().join("identity"), house.path().join("elsewhere"));
+    fs::create_dir(&elsewhere).unwrap();
+    symlink(&elsewhere, &folder).unwrap();
+    let refused = [
+        folder::write(&folder, attic.parts()),
+        folder::write_crl(&folder, &attic.parts().crl),
+        folder::try_out(&folder),
+        folder::read(&folder).map(drop),
+    ];
+    for why in refused {
+        assert!(matches!(&why, Err(Error::Link(link)) if *link == folder), "{why:?}");
+    }
+    assert_eq!(fs::read_dir(&elsewhere).unwrap().count(), 0);
+
+    // Files that are links are replaced, not written through; and not read.
+    fs::remove_file(&folder).unwrap();
+    folder::write(&folder, attic.parts()).expect("written");
+    let victim = elsewhere.join("victim");
+    fs::write(&victim, b"as it was").unwrap();
+    for name in ["node.key.new", "commit", "probe", CRL] {
+        fs::remove_file(folder.join(name)).ok();
+        symlink(&victim, folder.join(name)).unwrap();
+    }
+    fs::remove_file(folder.join("commit")).unwrap();
+    assert!(matches!(Identity::load(&folder), Err(Error::Link(link)) if link == folder.join(CRL)));
+    folder::try_out(&folder).expect("it can be written");
+    folder::write(&folder, other.parts()).expect("written");
+    assert_eq!(Identity::load(&folder).expect("whole").serial(), other.serial());
+    assert_eq!(fs::read(&victim).unwrap(), b"as it was");
+    assert!(!folder.join(CRL).is_symlink());
+}
+
+#[test]
+fn a_folder_that_is_open_to_others_is_not_even_finished() {
+    let house = Household::new();
+    let (old, new) = (house.agent("attic"), house.agent("attic"));
+    let (folder, fresh) = (house.folder(&old), house.folder(&new));
+    for name in [CA, NODE, KEY, CRL] {
+        fs::copy(fresh.join(name), folder.join(format!("{name}.new"))).unwrap();
+    }
+    fs::write(folder.join("commit"), b"").unwrap();
+    mode(&folder, 0o777);
+    assert!(matches!(Identity::load(&folder), Err(Error::Exposed { .. })));
+    assert!(folder.join("node.key.new").exists(), "others may have put it there");
+}
+
+#[test]
 fn an_authority_put_back_from_an_old_copy_catches_up_with_what_its_nodes_know() {
     let house = Household::new();
     let (folder, own) = (house.path().join("ca"), house.path().join("identity"));

@@ -1,6 +1,5 @@
 //! The new node's side of a join.
 
-use std::fs;
 use std::io::{self, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
@@ -41,7 +40,7 @@ pub fn join(token: &Token, folder: &Path, port: Option<u16>) -> Result<Arc<Ident
         return Err(Error::Expired(since));
     }
     // A token is not to be used up for a certificate that cannot be stored.
-    prepare(folder)?;
+    folder::try_out(folder)?;
     let key = new_key()?;
     let csr = CertificateParams::default()
         .serialize_request(&key)
@@ -69,15 +68,6 @@ pub fn join(token: &Token, folder: &Path, port: Option<u16>) -> Result<Arc<Ident
     // The node is made; that the other side does not hear so changes nothing.
     stream.write_all(&[1]).and_then(|()| stream.flush()).ok();
     Ok(identity)
-}
-
-/// Makes sure that something can be stored in `folder`.
-fn prepare(folder: &Path) -> Result<(), crate::identity::Error> {
-    folder::make(folder)?;
-    folder::guard(folder, 0o022, 0o700)?;
-    let probe = folder.join("probe");
-    folder::replace(&probe, b"", 0o600)?;
-    fs::remove_file(&probe).map_err(|source| crate::identity::Error::File { path: probe, source })
 }
 
 /// Finds the authority behind one of the token's addresses. It is proven before this returns, and has been told
