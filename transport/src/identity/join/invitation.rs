@@ -162,7 +162,7 @@ impl<'a> Invitation<'a> {
             outcome
         });
         // All conversations are over. Who became a node while this was about to end otherwise is told of.
-        if matches!(outcome, Outcome::Joined(_)) { outcome } else { drained(&heard).unwrap_or(outcome) }
+        drained(&heard, outcome)
     }
 
     /// The next one who connects, if somebody does within a moment.
@@ -293,17 +293,18 @@ fn confirmed(mut joined: Box<Joined>, heard: &Receiver<Said>, stop: &dyn Fn() ->
     joined
 }
 
-/// Who joined by what was said until now.
-fn drained(heard: &Receiver<Said>) -> Option<Outcome> {
-    let mut found = None;
+/// `outcome`, with what was said besides of somebody who joined.
+fn drained(heard: &Receiver<Said>, mut outcome: Outcome) -> Outcome {
     for said in heard.try_iter() {
-        match (said, &mut found) {
-            (Said::Joined(joined), _) => found = Some(joined),
-            (Said::Confirmed(stored), Some(joined)) => joined.confirmed = stored,
+        match (said, &mut outcome) {
+            (Said::Confirmed(stored), Outcome::Joined(joined)) => joined.confirmed |= stored,
+            (Said::Joined(joined), other) if !matches!(other, Outcome::Joined(_)) => {
+                *other = Outcome::Joined(joined);
+            }
             _ => {}
         }
     }
-    found.map(Outcome::Joined)
+    outcome
 }
 
 fn lock<T>(of: &Mutex<T>) -> MutexGuard<'_, T> {
