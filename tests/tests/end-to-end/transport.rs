@@ -1,7 +1,6 @@
 //! What carries the bytes between the PCs.
 
 use anyhow::{Context, Result, ensure};
-use lab::guest::PATIENCE;
 use lab::scene::{Scene, UNIT};
 use lab::{Guest, Pc};
 
@@ -13,21 +12,8 @@ pub(crate) const TESTS: &[(&str, crate::Test)] = &[
     ),
 ];
 
-/// Has the helper join the console's household, if it has not yet, by the commands that a user would type.
-fn household(scene: &Scene) -> Result<()> {
-    scene.console.run("omega node list >/dev/null 2>&1 || omega ca init --name lab")?.ok()?;
-    if scene.helper.run("ls /var/lib/omega-agent/identity/node.pem")?.success() {
-        return Ok(());
-    }
-    let invitation = scene.console.spawn("exec omega node invite helper --role agent")?;
-    let token = invitation.expect("\n", PATIENCE)?.trim().to_owned();
-    scene.helper.run(&format!("omega-agent join {token}"))?.ok()?;
-    invitation.wait(PATIENCE)?.ok().map(drop)
-}
-
 /// A guest that reads its whole disk on the second PC, checks it, writes and reads back.
 fn guest_uses_the_disk(scene: &Scene) -> Result<()> {
-    household(scene)?;
     scene.helper.run("mkdir -p /srv/omega && head -c 8M /dev/urandom >/srv/omega/v.raw")?.ok()?;
     let sum = scene.helper.run("sha256sum </srv/omega/v.raw")?.ok()?;
     let sum = sum.split_whitespace().next().context("no sum")?;
