@@ -48,6 +48,13 @@ struct Grant {
     window: u32,
 }
 
+/// After an urgent request the next one is expected for so long.
+const URGENCY: Duration = Duration::from_millis(10);
+
+/// So many bytes of bulk may then be under way, wherever they are: what is on the network or in a kernel cannot be
+/// overtaken. 10 Gbit/s over 100 us.
+const BULK_BESIDE_URGENT: u64 = 128 << 10;
+
 /// Credit in use.
 #[derive(Clone, Copy, Debug, Default)]
 struct Used {
@@ -90,6 +97,8 @@ pub(crate) struct Asker {
     ticked: Instant,
     /// No deadline is earlier than this.
     earliest: Option<Instant>,
+    /// When something urgent was submitted last.
+    urgent: Option<Instant>,
     farewell: Option<String>,
     carrier: Carrier,
     proven: Option<Proven>,
@@ -127,6 +136,7 @@ impl Asker {
             pinged: None,
             ticked: now,
             earliest: None,
+            urgent: None,
             farewell: None,
             carrier: Carrier::Tcp,
             proven: None,
@@ -158,6 +168,9 @@ impl Asker {
             self.earliest = Some(self.earliest.map_or(deadline, |e| e.min(deadline)));
         }
         let (class, setup) = (call.class, call.setup);
+        if class == Class::Urgent {
+            self.urgent = Some(self.clock);
+        }
         let kind = match &mut self.recorder {
             None => Counted::default(),
             Some(recorder) => {
@@ -428,6 +441,17 @@ impl Asker {
         let Grant { requests, bytes, .. } = self.grant;
         fits(&self.used, requests, bytes)
             && (pending.class != Class::Bulk || fits(&self.bulk, (requests / 2).max(1), bytes / 2))
+            && (pending.class != Class::Bulk || !self.is_urgent() || self.is_little_beside(pending))
+    }
+
+    /// Whether somebody's CPU waits for this connection every now and then.
+    fn is_urgent(&self) -> bool {
+        self.urgent.is_some_and(|last| self.clock.saturating_duration_since(last) < URGENCY)
+    }
+
+    /// Whether bulk stays so little with this request that an urgent answer waits for little.
+    fn is_little_beside(&self, pending: &Pending) -> bool {
+        self.bulk.requests == 0 || self.bulk.bytes + pending.cost <= BULK_BESIDE_URGENT
     }
 
     /// Whether the peer may have to remember one more request, if this is a new one of `once`.
@@ -638,4 +662,76 @@ pub(crate) fn versions_only() -> Outgoing {
 fn answer(call: Call, status: Status) -> Answer {
     let Call { tag, payload, answer, .. } = call;
     Answer { tag, status, body: Body::new(), payload, answer, received: 0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wire::PREFACE;
+
+    fn call(class: Class, answer: usize) -> Call {
+        Call {
+            tag: 0,
+            opcode: 1,
+            class,
+            body: Body::new(),
+            payload: Buffer::empty(),
+            answer: Buffer::zeroed(answer),
+            once: false,
+            deadline: None,
+            setup: false,
+        }
+    }
+
+    fn asker(now: Instant) -> Asker {
+        let identity = Identity { name: "a".into(), instance: 1, boot: 1 };
+        let mut asker = Asker::new(identity, 5, Duration::from_secs(5), now);
+        let hello = Hello {
+            role: Role::Answering,
+            resumed: false,
+            requests: 256,
+            bytes: 16 << 20,
+            window: 256,
+            keepalive_ms: 0,
+            serial: 1,
+            session: 5,
+            instance: 2,
+            boot: 2,
+            name: "b".into(),
+        };
+        asker.connected(now);
+        asker.hello(&hello.encode(VERSION).split_off(PREFACE)).expect("it is served");
+        asker.ready();
+        while asker.next().is_some() {}
+        asker
+    }
+
+    fn sent(asker: &mut Asker) -> usize {
+        std::iter::from_fn(|| asker.next()).count()
+    }
+
+    #[test]
+    fn little_bulk_is_under_way_beside_urgent_requests_and_much_without_them() {
+        let now = Instant::now();
+        let mut asker = asker(now);
+        (0..64).for_each(|_| asker.submit(call(Class::Bulk, 64 << 10)));
+        assert_eq!(sent(&mut asker), 64, "half of 16 MiB");
+        asker.disconnected();
+
+        let mut asker = self::asker(now);
+        asker.submit(call(Class::Urgent, 4096));
+        (0..64).for_each(|_| asker.submit(call(Class::Bulk, 64 << 10)));
+        assert_eq!(sent(&mut asker), 1 + 2, "128 KiB beside the urgent one");
+        asker.at(now + URGENCY);
+        assert_eq!(sent(&mut asker), 62, "nothing urgent came since");
+    }
+
+    #[test]
+    fn one_bulk_request_is_under_way_however_large() {
+        let now = Instant::now();
+        let mut asker = asker(now);
+        asker.submit(call(Class::Urgent, 0));
+        (0..3).for_each(|_| asker.submit(call(Class::Bulk, MAX_PAYLOAD)));
+        assert_eq!(sent(&mut asker), 2);
+    }
 }
