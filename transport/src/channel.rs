@@ -442,7 +442,7 @@ impl Channel {
             ring.cancel(self.source.token(self.generation << 1 | 1));
             Err(io::ErrorKind::TimedOut.into())
         };
-        let local = socket.local_addr();
+        let local = socket.local_addr().ok();
         let link = result.and_then(|()| self.link(socket));
         match link {
             Ok(mut link) => {
@@ -470,9 +470,9 @@ impl Channel {
     }
 
     /// Lets a connection move to RDMA, where the configuration does.
-    fn upgradable(&self, link: Box<dyn Link>, local: io::Result<SocketAddr>) -> Box<dyn Link> {
+    fn upgradable(&self, link: Box<dyn Link>, local: Option<SocketAddr>) -> Box<dyn Link> {
         match local {
-            Ok(local) if self.config.transport != Transport::Tcp => {
+            Some(local) if self.config.transport != Transport::Tcp => {
                 let side = Side::Asking(self.attempts.clone());
                 Box::new(Upgradable::new(link, side, local.ip(), self.source, self.generation))
             }

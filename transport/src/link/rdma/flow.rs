@@ -58,6 +58,7 @@ enum Group {
 }
 
 /// Whether a frame could be launched.
+#[expect(clippy::large_enum_variant, reason = "it is looked at once, where it is made")]
 enum Launch {
     /// It is under way.
     Done,
