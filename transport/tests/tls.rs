@@ -591,7 +591,7 @@ fn an_answer_that_is_not_out_when_its_asker_is_revoked_stays_here() {
         while let Some(completion) = ring.reap() {
             connection.complete(&mut ring, completion, &mut events);
         }
-        events.drain(..).collect::<Vec<_>>()
+        std::mem::take(&mut events)
     };
     let request = wait_for("the request", || {
         serve(&mut client, &mut connection).into_iter().find_map(|event| match event {

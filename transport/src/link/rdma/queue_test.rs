@@ -19,11 +19,14 @@ use crate::sessions::Claimant;
 use crate::wire::rdma::{Place, SLOT};
 use crate::wire::{Body, Class, PREFACE, Status};
 
+/// An operation, the bytes that it sends, and whether it ends a group.
+type Posted = (Work, Option<Vec<u8>>, bool);
+
 /// What both ends share: the network and both devices.
 struct Net {
     broken: bool,
     /// By side: operations that were posted and not carried out.
-    posted: [VecDeque<(Work, Option<Vec<u8>>, bool)>; 2],
+    posted: [VecDeque<Posted>; 2],
     /// Receiving slots that are free, in the order in which they were posted.
     free: [VecDeque<u16>; 2],
     slots: [Vec<Vec<u8>>; 2],

@@ -84,7 +84,7 @@ fn bit(info: &TlsCryptoInfo) -> u8 {
     match info {
         TlsCryptoInfo::Aes128Gcm(_) => 1 << 1,
         TlsCryptoInfo::Aes256Gcm(_) => 1 << 2,
-        _ => 1 << 3,
+        TlsCryptoInfo::Chacha20Poly1305(_) => 1 << 3,
     }
 }
 
