@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::connection;
+use crate::lists::Answers;
 use crate::serve::Agent;
 use crate::volume::lock;
 
@@ -38,6 +39,8 @@ const EVICTED: u8 = 2;
 /// One connection's thread as the others see it.
 pub(crate) struct Handle {
     pub(crate) wake: EventFd,
+    /// What became of lists of revoked certificates that the peer sent.
+    pub(crate) lists: Answers,
     /// Where the peer connects from.
     pub(crate) address: IpAddr,
     /// What the peer is to the agent: one of the constants above.
@@ -51,7 +54,7 @@ impl Handle {
     fn new(address: IpAddr, born: Instant) -> io::Result<Self> {
         let wake = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
         let (standing, beat) = (AtomicU8::new(STRANGER), AtomicU64::new(0));
-        let handle = Self { wake, address, standing, beat, born };
+        let handle = Self { wake, lists: Answers::default(), address, standing, beat, born };
         handle.beat(Instant::now());
         Ok(handle)
     }

@@ -11,7 +11,7 @@ use devices::disk::volume::{
 use devices::disk::{self, Disk, Done, Operation};
 use slab::Slab;
 use transport::buffer::Buffer;
-use transport::identity::{Peer, Role, Security, revocation};
+use transport::identity::{self, Peer, Role, Security, revocation};
 use transport::metrics::{Metrics, Recorder, Registration};
 use transport::ring::{Completion, Ring, Token};
 use transport::server::{Connection, Event, Request};
@@ -20,6 +20,7 @@ use transport::wire::{MAX_PAYLOAD, Status};
 use crate::admission::Handle;
 use crate::config::Access as Allowed;
 use crate::lease::Refused;
+use crate::lists::Sent;
 use crate::policy::Asker;
 use crate::serve::{Agent, Granted};
 use crate::volume::{Grant, lock};
@@ -191,6 +192,7 @@ impl Worker {
     fn completed(&mut self, completion: Completion, events: &mut Vec<Event>) {
         if completion.token == self.wake {
             self.handle.woken();
+            self.answer_lists();
             if !completion.more() {
                 self.ring.poll_readable(self.handle.wake.as_raw_fd(), true, self.wake);
             }
@@ -344,27 +346,44 @@ impl Worker {
         let Security::Tls(identity) = &self.agent.security else {
             return self.connection.answer(request.id, Status::UNKNOWN_OPERATION, &[], Buffer::empty());
         };
-        match revocation::answer(identity, &request.payload.to_vec(), request.answer_len.min(MAX_PAYLOAD)) {
+        let list = request.payload.to_vec();
+        let answer_len = request.answer_len.min(MAX_PAYLOAD);
+        if let Some(answer) = revocation::answer_at_once(identity, &list, answer_len) {
+            return self.revoked(request.id, Ok(answer));
+        }
+        let (id, from) = (request.id, self.peer.clone());
+        let (handle, identity) = (Arc::clone(&self.handle), Arc::clone(identity));
+        if !self.agent.lists.take(Sent { id, list, answer_len, from, handle, identity }) {
+            let why = "too many lists of revoked certificates wait to be looked at; send it again";
+            self.refuse(id, status::UNSUPPORTED, &Refusal::because(why.to_owned()));
+        }
+    }
+
+    /// What became of a list of revoked certificates.
+    fn revoked(&mut self, id: u64, answer: Result<revocation::Answer, identity::Error>) {
+        match answer {
             Ok(revocation::Answer { body, payload, taken }) => {
-                self.connection.answer(request.id, Status::OK, &body, Buffer::from_vec(payload));
-                if taken.newer {
-                    let number = taken.number;
-                    tracing::info!(from = %self.peer, number, "Took a newer list of revoked certificates");
-                    self.agent.cut_revoked();
-                }
                 if taken.conflicting {
-                    self.tell("a list of revoked certificates that does not name all that were revoked before; \
-                               the authority was put back from an old copy: `omega node revoke` there mends it");
+                    self.tell(
+                        "a list of revoked certificates that does not name all that were revoked before; \
+                         the authority was put back from an old copy: `omega node revoke` there mends it",
+                    );
                 }
-                if let Some(error) = taken.not_stored {
-                    tracing::error!(%error, "The list of revoked certificates could not be stored");
-                }
+                self.connection.answer(id, Status::OK, &body, Buffer::from_vec(payload));
             }
             Err(why) => {
                 let why = format!("a list of revoked certificates is refused: {why}");
                 self.tell(&why);
-                self.malformed(request.id, &why);
+                self.malformed(id, &why);
             }
+        }
+    }
+
+    /// Answers with what became of lists of revoked certificates on their thread.
+    fn answer_lists(&mut self) {
+        let answers = std::mem::take(&mut *lock(&self.handle.lists));
+        for (id, answer) in answers {
+            self.revoked(id, answer);
         }
     }
 

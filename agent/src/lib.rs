@@ -11,6 +11,7 @@ mod connection;
 pub mod inventory;
 pub mod join;
 pub mod lease;
+mod lists;
 mod metrics;
 pub mod policy;
 pub mod protection;

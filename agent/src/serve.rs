@@ -20,6 +20,7 @@ use transport::server::{Limits, Sessions};
 use crate::admission::{self, Handle};
 use crate::config::{Access, Config};
 use crate::lease::{Activity, Refused, Table};
+use crate::lists::Lists;
 use crate::policy::{Asker, Policy};
 use crate::protection::{Protection, remember};
 use crate::renewal::{LOOK_EVERY, Renewal};
@@ -51,6 +52,8 @@ pub struct Agent {
     pub(crate) most: usize,
     /// Connections that ended before their peers were known.
     pub(crate) unserved: Tally,
+    /// Lists of revoked certificates that peers brought.
+    pub(crate) lists: Lists,
     pub(crate) connections: Mutex<Vec<Arc<Handle>>>,
     /// When the accepting loop last came round: how the agent sees that it stood still itself.
     ticked: Mutex<Instant>,
@@ -89,6 +92,7 @@ impl Agent {
             born: Instant::now(),
             most: config.limits.connections,
             unserved: Tally::new("A connection ended before its peer was served"),
+            lists: Lists::new(),
             connections: Mutex::new(Vec::new()),
             ticked: Mutex::new(Instant::now()),
         })
@@ -354,6 +358,7 @@ pub fn run(config: &Config) -> Result<(), Error> {
     remember(config, &protection.security).map_err(|source| Error::State { path: folder, source })?;
     let mut signals = Signals::catch().map_err(failed("Cannot catch signals"))?;
     let agent = Arc::new(Agent::new(config, protection)?);
+    Lists::start(&agent).map_err(failed("Cannot start a thread"))?;
     agent.open_volumes();
     agent.tick(config.lease_ttl.0);
     if let Some(address) = config.metrics_address() {

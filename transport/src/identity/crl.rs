@@ -54,6 +54,15 @@ impl Crl {
         Ok(Self { der: CertificateRevocationListDer::from(der.to_vec()), number, revoked })
     }
 
+    /// The number that `der` claims to have, whoever made it; `None` if it is no CRL or is too long.
+    pub(crate) fn claimed_number(der: &[u8]) -> Option<u64> {
+        if der.len() > MAX_CRL {
+            return None;
+        }
+        let (_, crl) = CertificateRevocationList::from_der(der).ok()?;
+        crl.crl_number().and_then(|number| u64::try_from(number).ok())
+    }
+
     /// Grows with each CRL of the authority.
     #[must_use]
     pub fn number(&self) -> u64 {

@@ -175,6 +175,15 @@ fn whichever_of_two_has_the_newer_list_the_other_learns_it() {
     assert!(desk.take_crl(&answer.payload).expect("signed").newer);
     let answer = revocation::answer(&attic, desk.current().crl().der(), super::MAX_CRL).expect("signed");
     assert!(answer.payload.is_empty(), "both have it");
+    for known in [&b""[..], &sent, desk.current().crl().der()] {
+        let at_once =
+            revocation::answer_at_once(&attic, known, super::MAX_CRL).expect("it needs no signature");
+        let answer = revocation::answer(&attic, known, super::MAX_CRL).expect("signed");
+        assert_eq!((at_once.body, at_once.payload), (answer.body, answer.payload));
+    }
+    assert!(revocation::answer_at_once(&attic, b"nonsense", 10).is_none());
+    house.revoke(desk.current().serial());
+    assert!(revocation::answer_at_once(&attic, &house.crl(), 10).is_none(), "a newer one is to be verified");
     assert!(revocation::answer(&attic, b"", 10).expect("only asks").payload.is_empty(), "no room, no list");
     assert!(revocation::answer(&attic, b"nonsense", 10).is_err());
     assert_eq!(revocation::number(b"short"), None);
