@@ -225,6 +225,7 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::dice::{Dice, run_edges};
     use std::path::Path;
 
     fn target(name: &str) -> fn(&[u8]) {
@@ -237,34 +238,16 @@ mod tests {
         }
     }
 
-    /// Bytes that change a field to its limits and beyond.
-    const EDGES: [u8; 6] = [0, 1, 2, 0x7f, 0x80, 0xff];
-
     #[test]
     fn no_value_of_any_byte_of_a_conversation_does_harm() {
         for (name, seed) in seeds() {
-            let run = target(name);
-            run(&seed);
-            for at in 0..seed.len().min(600) {
-                for edge in EDGES {
-                    let mut bytes = seed.clone();
-                    bytes[at] = edge;
-                    run(&bytes);
-                }
-                run(&seed[..at]);
-            }
+            run_edges(&seed, 600, target(name));
         }
     }
 
     #[test]
     fn no_random_mutation_of_the_corpus_does_harm() {
-        let mut dice = 0x1234_5678_9ABC_DEF1u64;
-        let mut roll = move |sides: usize| {
-            dice ^= dice << 13;
-            dice ^= dice >> 7;
-            dice ^= dice << 17;
-            (dice >> 20) as usize % sides.max(1)
-        };
+        let mut dice = Dice(0x1234_5678_9ABC_DEF1);
         let mut ran = 0;
         for name in ["requests", "replies", "wire", "rdma", "tls_records"] {
             let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fuzz/corpus").join(name);
@@ -279,21 +262,7 @@ mod tests {
                 ran += 1;
             }
             for _ in 0..5000 {
-                let mut bytes = corpus[roll(corpus.len())].clone();
-                for _ in 0..=roll(4) {
-                    let at = roll(bytes.len());
-                    match roll(4) {
-                        0 => bytes[at] = EDGES[roll(EDGES.len())],
-                        1 => bytes[at] ^= 1 << roll(8),
-                        2 => bytes.truncate(at + 1),
-                        _ => {
-                            let other = corpus[roll(corpus.len())].clone();
-                            let from = roll(other.len());
-                            bytes.splice(at..at, other[from..].iter().take(64).copied());
-                        }
-                    }
-                }
-                run(&bytes);
+                run(&dice.mutate(&corpus, 4));
             }
         }
         eprintln!("fuzz corpus: {ran} inputs");

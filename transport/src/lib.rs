@@ -13,6 +13,8 @@ pub mod buffer;
 mod carrier;
 pub mod channel;
 mod core;
+#[cfg(test)]
+mod dice;
 #[doc(hidden)]
 pub mod fuzzing;
 pub mod identity;

@@ -6,7 +6,7 @@ mod common;
 
 use std::time::{Duration, Instant};
 
-use common::{COUNT, Client, ECHO, SLOW, Server, call};
+use common::{COUNT, Client, ECHO, SLOW, Server, ask_for_sizes, call};
 use transport::blocking;
 use transport::buffer::Buffer;
 use transport::channel::Call;
@@ -18,24 +18,7 @@ use transport::wire::{Class, Status};
 fn answers_come_back_with_their_bytes_whatever_their_size() {
     let server = Server::start(Limits::default());
     let mut client = Client::new(server.address);
-    let sizes = [0, 1, 511, 4096, 5000, 65_536, 100_001, 1 << 20];
-    let mut asked = 0;
-    for round in 0..10 {
-        for (i, size) in sizes.into_iter().enumerate() {
-            let fill = (round * 16 + i) as u8;
-            let payload = Buffer::zeroed(size);
-            payload.fill(fill);
-            client.channel.submit(call(asked, ECHO, &[fill], payload, size));
-            client.channel.submit(call(asked + 1, ECHO, &[fill], Buffer::empty(), size));
-            asked += 2;
-        }
-    }
-    client.until("all answers", |c| c.answers.len() as u64 == asked);
-    for answer in &client.answers {
-        assert_eq!(answer.status, Status::OK);
-        assert_eq!(answer.received, answer.answer.len());
-        assert!(answer.answer.to_vec().iter().all(|byte| *byte == answer.body[0]));
-    }
+    let asked = ask_for_sizes(&mut client, &[0, 1, 511, 4096, 5000, 65_536, 100_001, 1 << 20]);
     let mut tags: Vec<u64> = client.answers.iter().map(|a| a.tag).collect();
     tags.sort_unstable();
     assert_eq!(tags, (0..asked).collect::<Vec<_>>(), "each call is answered once");

@@ -77,8 +77,7 @@ mod tests {
     use super::super::testing::Household;
     use super::super::{Fingerprint, Role};
     use super::*;
-
-    const EDGES: [u8; 6] = [0, 1, 0x7f, 0x80, 0x81, 0xff];
+    use crate::dice::{Dice, run_edges};
 
     fn folder() -> PathBuf {
         Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fuzz/corpus/identity")
@@ -133,44 +132,16 @@ mod tests {
         assert!(all.len() >= 8, "{} files", all.len());
         all.extend(fresh().into_iter().map(|(_, bytes)| bytes));
         for seed in &all {
-            fuzz_identity(seed);
-            for at in 0..seed.len() {
-                for edge in EDGES {
-                    let mut bytes = seed.clone();
-                    bytes[at] = edge;
-                    fuzz_identity(&bytes);
-                }
-                fuzz_identity(&seed[..at]);
-            }
+            run_edges(seed, usize::MAX, fuzz_identity);
         }
     }
 
     #[test]
     fn no_random_mutation_of_what_strangers_send_does_harm() {
-        let mut dice = 0x0DDB_1A5E_5BAD_5EEDu64;
-        let mut roll = move |sides: usize| {
-            dice ^= dice << 13;
-            dice ^= dice >> 7;
-            dice ^= dice << 17;
-            (dice >> 20) as usize % sides.max(1)
-        };
+        let mut dice = Dice(0x0DDB_1A5E_5BAD_5EED);
         let corpus = corpus();
         for _ in 0..20_000 {
-            let mut bytes = corpus[roll(corpus.len())].clone();
-            for _ in 0..=roll(5) {
-                let at = roll(bytes.len());
-                match roll(4) {
-                    0 => bytes[at] = EDGES[roll(EDGES.len())],
-                    1 => bytes[at] ^= 1 << roll(8),
-                    2 => bytes.truncate(at + 1),
-                    _ => {
-                        let other = corpus[roll(corpus.len())].clone();
-                        let from = roll(other.len());
-                        bytes.splice(at..at, other[from..].iter().take(64).copied());
-                    }
-                }
-            }
-            fuzz_identity(&bytes);
+            fuzz_identity(&dice.mutate(&corpus, 5));
         }
     }
 }

@@ -359,3 +359,26 @@ pub fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
         std::thread::sleep(Duration::from_millis(2));
     }
 }
+
+/// Asks for payloads of all `sizes` again and again, each once sent along and once made there, and checks that each
+/// answer holds what it should. Returns how many were asked for, tagged from 0 on.
+pub fn ask_for_sizes(client: &mut Client, sizes: &[usize]) -> u64 {
+    let mut asked = 0;
+    for round in 0..10 {
+        for (i, size) in sizes.iter().copied().enumerate() {
+            let fill = (round * 16 + i) as u8;
+            let payload = Buffer::zeroed(size);
+            payload.fill(fill);
+            client.channel.submit(call(asked, ECHO, &[fill], payload, size));
+            client.channel.submit(call(asked + 1, ECHO, &[fill], Buffer::empty(), size));
+            asked += 2;
+        }
+    }
+    client.until("all answers", |c| c.answers.len() as u64 == asked);
+    for answer in &client.answers {
+        assert_eq!(answer.status, Status::OK);
+        assert_eq!(answer.received, answer.answer.len());
+        assert!(answer.answer.to_vec().iter().all(|byte| *byte == answer.body[0]));
+    }
+    asked
+}

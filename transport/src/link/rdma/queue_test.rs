@@ -14,6 +14,7 @@ use crate::channel::{self, Call};
 use crate::core::answerer::Answerer;
 use crate::core::asker::{Asker, Identity};
 use crate::core::stream::Peer;
+use crate::dice::Dice;
 use crate::server::{self, Limits, Sessions};
 use crate::sessions::Claimant;
 use crate::wire::rdma::{Place, SLOT};
@@ -184,17 +185,6 @@ impl Queue for End {
             net.regions.len() - 1
         });
         Some(Keys { local: key as u32, remote: key as u32 })
-    }
-}
-
-struct Dice(u64);
-
-impl Dice {
-    fn roll(&mut self, sides: usize) -> usize {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        (self.0 >> 20) as usize % sides.max(1)
     }
 }
 
