@@ -174,18 +174,46 @@ pub(super) fn stop(args: &args::Stop) -> Result<(), Failure> {
     Ok(())
 }
 
+/// How a guest can be asked to end.
+enum Reached {
+    /// By its control socket.
+    Answering(Client),
+    /// It has none yet, perhaps because an agent is waited for, and nothing runs: a signal is enough.
+    Building(Pid),
+    /// It has ended.
+    Gone,
+}
+
+/// Finds out how the guest can be asked. A process that has just begun, or is about to end, lacks its number
+/// or its socket for a moment: it is looked at again until it is too `late`.
+fn reach(folder: &Folder, late: &impl Fn() -> bool) -> Result<Reached, Failure> {
+    let until = Instant::now() + PATIENCE;
+    loop {
+        let why = match connect(folder, Some(PATIENCE)) {
+            Ok(client) => return Ok(Reached::Answering(client)),
+            Err(why) => why,
+        };
+        match folder.process() {
+            None => return Ok(Reached::Gone),
+            Some(pid @ 1..) if !folder.control().exists() => {
+                return Ok(Reached::Building(Pid::from_raw(i32::try_from(pid).unwrap_or(i32::MAX))));
+            }
+            Some(_) if late() || Instant::now() >= until => return Err(why),
+            Some(_) => sleep(LOOK),
+        }
+    }
+}
+
 /// Presses the power button until it is heard, or pulls the plug. `false` when it was too late.
 fn ask_to_end(folder: &Folder, args: &args::Stop, late: &impl Fn() -> bool) -> Result<bool, Failure> {
     let name = &args.name;
-    let mut client = match (connect(folder, Some(PATIENCE)), folder.process()) {
-        (Ok(client), _) => client,
-        // Nothing runs yet, perhaps because an agent is waited for: a signal is enough.
-        (Err(_), Some(pid @ 1..)) if !folder.control().exists() => {
-            let pid = Pid::from_raw(i32::try_from(pid).unwrap_or(i32::MAX));
+    let mut client = match reach(folder, late)? {
+        Reached::Answering(client) => client,
+        Reached::Building(pid) => {
             kill(pid, Signal::SIGTERM).map_err(std::io::Error::from)?;
             return Ok(true);
         }
-        (Err(why), _) => return Err(why),
+        Reached::Gone => return Ok(true),
     };
     let command = if args.force { Command::Kill } else { Command::PowerOff };
     loop {

@@ -23,9 +23,10 @@ const AGAIN: Duration = Duration::from_millis(200);
 
 pub(super) fn run(args: &args::Run) -> Result<(), Failure> {
     let guest = configure(args)?;
-    let claim = Claim::take(&guest.name)?;
-    // Before the first thread, which would take signals otherwise.
+    // Before the first thread, which would take signals otherwise, and before anybody can know of this guest
+    // and ask it to end.
     let held = signals::hold()?;
+    let claim = Claim::take(&guest.name)?;
     seccomp::install(args.seccomp).map_err(|why| Failure::failed(why.to_string()))?;
     let (steering, wishes) = Steering::new();
     let consoles = Consoles::open(&guest, &claim, &steering)?;
