@@ -21,6 +21,7 @@ mod disks;
 mod keeper;
 mod parts;
 mod peripherals;
+mod startup;
 mod vcpus;
 
 use std::path::PathBuf;
@@ -188,6 +189,7 @@ impl Machine {
         let threads = vcpus::start(&parts)?;
         let keeper = keeper::start(&parts, events)?;
         parts.boot()?;
+        startup::give_back();
         // Last, since threads inherit it, and those started above may do more.
         confine(Role::Main).map_err(Error::Thread)?;
         // The sender lives in `parts`.
