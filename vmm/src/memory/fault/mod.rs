@@ -1,0 +1,13 @@
+//! Guest RAM whose pages may be elsewhere: faults are seen through userfaultfd, pages are installed and given up
+//! here. Where they are meanwhile is a [`Source`](super::store::Source)'s business.
+
+mod geometry;
+
+pub use geometry::{PAGE, Page, Piece, Pieces, Shards};
+
+/// How many handlers a guest of so many vCPUs gets: no more than can fault or run at once.
+#[must_use]
+pub fn handlers(vcpus: usize) -> usize {
+    let host = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    vcpus.min(host).clamp(1, 4)
+}
