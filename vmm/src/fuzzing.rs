@@ -5,6 +5,8 @@ use std::path::Path;
 use crate::config::Guest;
 use crate::control::protocol::read_request;
 
+pub use crate::memory::store::protocol::fuzz as fuzz_memory_requests;
+
 /// A line on the control socket.
 pub fn fuzz_control_request(data: &[u8]) {
     match read_request(data) {

@@ -5,7 +5,9 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use transport::metrics::Operations;
-use transport::wire::{Body, Status, is_invisible};
+pub use transport::wire::fields::Malformed;
+use transport::wire::fields::{Reader, put_text};
+use transport::wire::{Body, Status};
 
 use super::{Error, Geometry};
 
@@ -85,11 +87,6 @@ pub mod status {
     /// The agent's policy does not allow it to the node that asks.
     pub const FORBIDDEN: Status = Status(0x010A);
 }
-
-/// A body is not what its operation says.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("The {0} is malformed")]
-pub struct Malformed(pub &'static str);
 
 /// Asks for the lease of a volume.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -186,60 +183,6 @@ pub struct Volume {
     pub problem: Option<String>,
 }
 
-/// Takes numbers and strings off the front of a body.
-struct Reader<'a> {
-    bytes: &'a [u8],
-    what: &'static str,
-}
-
-impl<'a> Reader<'a> {
-    fn take(&mut self, len: usize) -> Result<&'a [u8], Malformed> {
-        let (head, tail) = self.bytes.split_at_checked(len).ok_or(Malformed(self.what))?;
-        self.bytes = tail;
-        Ok(head)
-    }
-
-    fn array<const N: usize>(&mut self) -> Result<[u8; N], Malformed> {
-        self.take(N)?.try_into().map_err(|_| Malformed(self.what))
-    }
-
-    fn u32(&mut self) -> Result<u32, Malformed> {
-        self.array().map(u32::from_le_bytes)
-    }
-
-    fn u64(&mut self) -> Result<u64, Malformed> {
-        self.array().map(u64::from_le_bytes)
-    }
-
-    fn u128(&mut self) -> Result<u128, Malformed> {
-        self.array().map(u128::from_le_bytes)
-    }
-
-    /// A length in two bytes and as much UTF-8 without characters that change what is shown around them, since it goes to logs.
-    fn text(&mut self, most: usize) -> Result<String, Malformed> {
-        let len = usize::from(u16::from_le_bytes(self.array()?));
-        let text = std::str::from_utf8(self.take(len)?).map_err(|_| Malformed(self.what))?;
-        if len > most || text.chars().any(is_invisible) {
-            return Err(Malformed(self.what));
-        }
-        Ok(text.to_owned())
-    }
-
-    fn end<T>(self, value: T) -> Result<T, Malformed> {
-        if self.bytes.is_empty() { Ok(value) } else { Err(Malformed(self.what)) }
-    }
-}
-
-fn put_text(out: &mut Body, text: &str, most: usize) {
-    let clean: String = text.chars().map(|c| if is_invisible(c) { ' ' } else { c }).collect();
-    let mut end = clean.len().min(most);
-    while !clean.is_char_boundary(end) {
-        end -= 1;
-    }
-    out.extend((end as u16).to_le_bytes());
-    out.extend_from_slice(&clean.as_bytes()[..end]);
-}
-
 impl Acquire {
     /// As bytes. Names that are too long are cut.
     #[must_use]
@@ -257,7 +200,7 @@ impl Acquire {
     /// # Errors
     /// They are none of this.
     pub fn decode(bytes: &[u8]) -> Result<Self, Malformed> {
-        let mut r = Reader { bytes, what: "acquire request" };
+        let mut r = Reader::new(bytes, "acquire request");
         let (holder, expected) = (r.u128()?, r.u64()?);
         let (volume, name) = (r.text(MAX_NAME)?, r.text(MAX_NAME)?);
         r.end(Self { volume, holder, expected, name })
@@ -280,7 +223,7 @@ impl Acquired {
     /// # Errors
     /// They are none of this.
     pub fn decode(bytes: &[u8]) -> Result<Self, Malformed> {
-        let mut r = Reader { bytes, what: "acquire answer" };
+        let mut r = Reader::new(bytes, "acquire answer");
         let (epoch, ttl) = (r.u64()?, Duration::from_millis(r.u32()?.into()));
         r.end(Self { epoch, ttl })
     }
@@ -301,7 +244,7 @@ impl Lease {
     /// # Errors
     /// They are none of this.
     pub fn decode(bytes: &[u8]) -> Result<Self, Malformed> {
-        let mut r = Reader { bytes, what: "lease request" };
+        let mut r = Reader::new(bytes, "lease request");
         let (epoch, holder) = (r.u64()?, r.u128()?);
         r.end(Self { epoch, holder })
     }
@@ -347,11 +290,11 @@ impl Opened {
     /// # Errors
     /// They are none of this, or no disk can have this geometry.
     pub fn decode(bytes: &[u8]) -> Result<Self, Malformed> {
-        let mut r = Reader { bytes, what: "open answer" };
+        let mut r = Reader::new(bytes, "open answer");
         let (size, block_size, flags, identity) = (r.u64()?, r.u32()?, r.u32()?, r.u128()?);
         let fits = (512..=65536).contains(&block_size) && block_size.is_power_of_two();
         if !fits || size == 0 || size % 512 != 0 || size > i64::MAX as u64 || flags >= 8 {
-            return Err(Malformed(r.what));
+            return Err(r.malformed());
         }
         let geometry = Geometry {
             size,
@@ -381,10 +324,10 @@ impl Access {
     /// # Errors
     /// They are none of this.
     pub fn decode(bytes: &[u8]) -> Result<Self, Malformed> {
-        let mut r = Reader { bytes, what: "access request" };
+        let mut r = Reader::new(bytes, "access request");
         let (epoch, offset, len, flags) = (r.u64()?, r.u64()?, r.u64()?, r.u64()?);
         if flags > 1 {
-            return Err(Malformed(r.what));
+            return Err(r.malformed());
         }
         r.end(Self { epoch, offset, len, unmap: flags == 1 })
     }
@@ -413,7 +356,7 @@ impl Refusal {
     /// # Errors
     /// They are none of this.
     pub fn decode(bytes: &[u8]) -> Result<Self, Malformed> {
-        let mut r = Reader { bytes, what: "refusal" };
+        let mut r = Reader::new(bytes, "refusal");
         let errno = i32::from_le_bytes(r.array()?);
         let (wait, text) = (Duration::from_millis(r.u32()?.into()), r.text(MAX_TEXT)?);
         r.end(Self { errno, wait, text })

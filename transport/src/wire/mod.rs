@@ -1,5 +1,6 @@
 //! The bytes on the wire: frame header, hello, limits. Drawn in `docs/wire.md`.
 
+pub mod fields;
 mod frame;
 #[cfg(test)]
 mod golden_test;

@@ -8,6 +8,7 @@ use transport::ring::{Completion, Ring};
 
 use super::fault::Page;
 
+pub mod protocol;
 #[cfg(test)]
 pub(crate) mod testing;
 
