@@ -17,6 +17,8 @@ pub enum Role {
     Vcpu,
     /// Drives a disk: files, io_uring, connections to agents.
     Disk,
+    /// Handles the guest's page faults: its memory, io_uring, connections to agents.
+    Memory,
     /// Drives a network card: its TAP interface.
     Net,
     /// Drives one of the small devices: entropy, balloon, virtio console.
@@ -29,8 +31,16 @@ pub enum Role {
 
 impl Role {
     /// Every role.
-    pub const ALL: [Self; 7] =
-        [Self::Main, Self::Vcpu, Self::Disk, Self::Net, Self::Device, Self::Console, Self::Control];
+    pub const ALL: [Self; 8] = [
+        Self::Main,
+        Self::Vcpu,
+        Self::Disk,
+        Self::Memory,
+        Self::Net,
+        Self::Device,
+        Self::Console,
+        Self::Control,
+    ];
 }
 
 /// What a new thread does first.

@@ -1,4 +1,4 @@
-//! Mappings of guest RAM that huge pages fit into.
+//! Mappings of guest RAM, which huge pages fit into where it is private.
 #![allow(unsafe_code)] // Places mappings at chosen addresses.
 
 use std::ffi::c_void;
@@ -32,12 +32,22 @@ pub(super) fn map(len: usize, file: Option<(File, u64)>) -> io::Result<MmapRegio
     };
     let flags = flags | libc::MAP_NORESERVE | libc::MAP_FIXED;
     mmap(address, len, READ_WRITE, flags, fd, offset)?;
+    if file.is_some() {
+        // SAFETY: advice about a mapping of our own. Where the kernel has no huge pages, none come.
+        unsafe { libc::madvise(address, len, libc::MADV_NOHUGEPAGE) };
+        return region(address, len, flags, file);
+    }
     // Not the first one, of which a starting machine touches a few small pages (start info, ACPI tables): a
     // huge page of zeros there would cost milliseconds before the guest's first instruction.
     let huge = address.wrapping_byte_add(HUGE.min(len));
     // SAFETY: advice about a mapping of our own. Where the kernel has no huge pages, none come.
     unsafe { libc::madvise(huge, len.saturating_sub(HUGE), libc::MADV_HUGEPAGE) };
-    // SAFETY: `address` is `len` bytes that were mapped just now and are never unmapped.
+    region(address, len, flags, file)
+}
+
+/// `len` bytes at `address`, which [`map`] has mapped.
+fn region(address: *mut c_void, len: usize, flags: i32, file: Option<(File, u64)>) -> io::Result<MmapRegion> {
+    // SAFETY: `address` is `len` bytes that were mapped by the only caller just now and are never unmapped.
     let builder = unsafe { MmapRegionBuilder::new(len).with_raw_mmap_pointer(address.cast()) };
     let builder = builder.with_mmap_prot(READ_WRITE).with_mmap_flags(flags & !libc::MAP_FIXED);
     let builder = match file {

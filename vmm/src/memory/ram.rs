@@ -22,7 +22,7 @@ use super::{Layout, mapping};
 pub enum Backing {
     /// This process's alone.
     Private,
-    /// A memfd, which can be mapped again.
+    /// A memfd, whose pages may be elsewhere; see [`fault`](super::fault).
     Shared,
 }
 
@@ -82,6 +82,13 @@ impl Ram {
     #[must_use]
     pub fn memory(&self) -> &GuestMemory {
         &self.memory
+    }
+
+    /// The file of shared RAM: the view of it that never faults. Where the guest's mapping has a page, the file
+    /// has the same.
+    #[must_use]
+    pub fn file(&self) -> Option<&File> {
+        self.file.as_ref()
     }
 
     /// Makes all of it zeros and gives its pages back to the host, as at power-on.

@@ -159,6 +159,10 @@ const DISK: &[Call] = &[
     any(SYS_shutdown),
 ];
 
+/// Page faults of the guest: pages are installed and protected, read from the memory's file when they are written
+/// back, and taken out of it.
+const MEMORY: &[Call] = &[ioctls(0xaa), any(SYS_fallocate), any(SYS_pread64)];
+
 /// The TAP interface: offloads and queues change while it runs.
 const NET: &[Call] = &[TTY_AND_TUN_IOCTLS];
 
@@ -215,9 +219,12 @@ const MAIN: &[Call] = &[
 /// main thread's covers all.
 fn groups(role: Role) -> &'static [&'static [Call]] {
     match role {
-        Role::Main => &[EVERY, VCPU, URING, DISK, NET, DEVICE, EVENTS, SERVE, SPAWN, CONSOLE, CONTROL, MAIN],
+        Role::Main => {
+            &[EVERY, VCPU, URING, DISK, MEMORY, NET, DEVICE, EVENTS, SERVE, SPAWN, CONSOLE, CONTROL, MAIN]
+        }
         Role::Vcpu => &[EVERY, VCPU],
         Role::Disk => &[EVERY, URING, DISK],
+        Role::Memory => &[EVERY, URING, DISK, MEMORY],
         Role::Net => &[EVERY, URING, NET],
         Role::Device => &[EVERY, URING, DEVICE],
         Role::Console => &[EVERY, EVENTS, SERVE, SPAWN, CONSOLE],

@@ -1,8 +1,20 @@
 //! Guest RAM whose pages may be elsewhere: faults are seen through userfaultfd, pages are installed and given up
 //! here. Where they are meanwhile is a [`Source`](super::store::Source)'s business.
 
+mod counters;
+mod engine;
+mod evict;
+mod frames;
 mod geometry;
+mod handler;
+mod ledger;
+mod mailbox;
+mod map;
+mod pages;
+pub(crate) mod userfault;
 
+pub use counters::Counters;
+pub use engine::{Engine, Error, Options};
 pub use geometry::{PAGE, Page, Piece, Pieces, Shards};
 
 /// How many handlers a guest of so many vCPUs gets: no more than can fault or run at once.
