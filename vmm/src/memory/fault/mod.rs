@@ -11,6 +11,7 @@ mod ledger;
 mod mailbox;
 mod map;
 mod pages;
+pub mod streams;
 pub(crate) mod userfault;
 
 pub use counters::Counters;
