@@ -1,6 +1,7 @@
 //! Guest RAM whose pages may be elsewhere: faults are seen through userfaultfd, pages are installed and given up
 //! here. Where they are meanwhile is a [`Source`](super::store::Source)'s business.
 
+pub mod ageing;
 mod counters;
 mod engine;
 mod evict;
