@@ -192,6 +192,7 @@ pub(super) enum Event {
 
 impl Event {
     /// All of them.
+    #[cfg(test)]
     pub(super) const ALL: [Self; 11] = [
         Self::Fault { write: false },
         Self::Fault { write: true },
