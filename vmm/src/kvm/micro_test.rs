@@ -14,6 +14,8 @@ use vmm_sys_util::signal::Killable;
 
 use super::*;
 use crate::cpu::{self, Buses, Event, Gang};
+use crate::memory::fault::{self, Engine, Options};
+use crate::memory::store::testing::{InMemory, Pace};
 use crate::memory::{Backing, Layout, Ram};
 use crate::units::Bytes;
 
@@ -55,11 +57,19 @@ struct Guest {
     gang: Arc<Gang>,
     recorder: Arc<Recorder>,
     events: Receiver<Event>,
+    /// Handles the RAM's page faults, if its pages may be elsewhere; outlives the vCPUs' threads.
+    engine: Option<Engine>,
 }
 
 impl Guest {
     /// A guest of `count` vCPUs that all begin in real mode at `code`; `None` where there is no KVM.
     fn new(count: u8, code: &[u8]) -> Option<Self> {
+        Self::with_local(count, code, None)
+    }
+
+    /// As [`new`](Self::new), with all but `local` bytes of its RAM elsewhere; `None` also where page faults cannot
+    /// be handled.
+    fn with_local(count: u8, code: &[u8], local: Option<Bytes>) -> Option<Self> {
         if let Err(error) = partition::open() {
             eprintln!("cannot run: {error}");
             return None;
@@ -67,6 +77,13 @@ impl Guest {
         install_kick_handler().expect("a signal handler");
         let layout = Layout::new(Bytes(2 << 20), 36).expect("it fits");
         let ram = Ram::new(&layout, Backing::Shared).expect("RAM");
+        let engine = match local.map(|local| handle(&ram, local)) {
+            Some(Err(error)) => {
+                eprintln!("cannot run: {error}");
+                return None;
+            }
+            other => other.and_then(Result::ok),
+        };
         ram.memory().write_slice(code, GuestAddress(CODE)).expect("RAM");
         let partition = Arc::new(Partition::new(ram.memory().clone(), count).expect("a partition"));
         let recorder = Arc::new(Recorder::default());
@@ -97,7 +114,7 @@ impl Guest {
                 let _ = thread.kill(kick_signal());
             }
         }));
-        Some(Self { partition, ram, vcpus, threads, gang, recorder, events })
+        Some(Self { partition, ram, vcpus, threads, gang, recorder, events, engine })
     }
 
     fn event(&self) -> Event {
@@ -120,6 +137,11 @@ impl Guest {
             thread::sleep(Duration::from_millis(1));
         }
     }
+}
+
+fn handle(ram: &Ram, local: Bytes) -> Result<Engine, fault::Error> {
+    let (source, _) = InMemory::new(Pace::Shuffled(7));
+    Engine::start(ram, vec![Box::new(source)], Options { local })
 }
 
 impl Drop for Guest {
@@ -248,6 +270,39 @@ fn two_vcpus_count_stand_still_while_paused_and_go_on_from_a_saved_state() {
 
 /// shl bx, 2; inc dword [bx + 0x2000]; jmp to the inc
 const COUNT_BX: [u8; 10] = [0xc1, 0xe3, 2, 0x66, 0xff, 0x87, 0x00, 0x20, 0xeb, 0xf9];
+
+/// Each vCPU counts in every second page of the upper megabyte, over and over, and its rounds at 0x8000 or 0x9000.
+const COUNT_IN_PAGES: [u8; 35] = [
+    0xc1, 0xe3, 12, // shl ebx, 12
+    0x8d, 0xb3, 0, 0, 0x10, 0, // lea esi, [ebx + 0x100000]
+    0x89, 0xf7, // round: mov edi, esi
+    0xff, 0x07, // page: inc dword [edi]
+    0x81, 0xc7, 0, 0x20, 0, 0, // add edi, 0x2000
+    0x81, 0xff, 0, 0, 0x20, 0, // cmp edi, 0x200000
+    0x72, 0xf0, // jb page
+    0xff, 0x83, 0, 0x80, 0, 0, // inc dword [ebx + 0x8000]
+    0xeb, 0xe6, // jmp round
+];
+
+#[test]
+fn two_vcpus_lose_no_write_while_most_of_their_memory_is_elsewhere() {
+    let code = protected(&COUNT_IN_PAGES);
+    let Some(guest) = Guest::with_local(2, &code, Some(Bytes(64 << 12))) else { return };
+    for pause in 1..=5 {
+        guest.gang.resume();
+        guest.until(|| guest.word(0x8000) > pause * 10 && guest.word(0x9000) > pause * 10);
+        guest.gang.pause(LONG).expect("they pause");
+        for vcpu in 0..2_u64 {
+            let rounds = guest.word(0x8000 + (vcpu << 12));
+            let counts: Vec<u32> = (0..128).map(|page| guest.word((0x100 + vcpu + 2 * page) << 12)).collect();
+            // It is in the middle of a round: pages that it has passed are one ahead.
+            let passed = counts.iter().take_while(|count| **count == rounds + 1).count();
+            assert_eq!(counts[passed..], vec![rounds; 128 - passed], "vCPU {vcpu}, pause {pause}");
+        }
+    }
+    let counters = guest.engine.as_ref().expect("it has one").counters();
+    assert!(counters.remote_faults > 1000 && counters.write_faults > 0, "{counters:?}");
+}
 
 #[test]
 fn a_triple_fault_is_reported() {

@@ -6,9 +6,9 @@ use std::os::unix::fs::MetadataExt as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{Sender, channel, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::JoinHandle;
+use std::thread::{Builder, JoinHandle};
 
-use devices::thread::{Role, spawn};
+use devices::thread::{Role, confine};
 use vm_memory::GuestAddress;
 
 use super::counters::{Counters, Tally};
@@ -224,20 +224,20 @@ impl Desk {
     }
 }
 
-/// Starts a handler's thread; returns when it is ready for faults.
+/// Starts a handler's thread; returns when it is confined and ready for faults.
 fn run(post: Post) -> io::Result<JoinHandle<()>> {
     let (tell, told) = sync_channel(1);
     let name = format!("memory{}", post.shard);
-    let thread = spawn(Role::Memory, &name, move || {
-        let worked = catch_unwind(AssertUnwindSafe(|| match Handler::new(post) {
-            Ok(mut handler) => {
-                let _ = tell.send(Ok(())); // the starter waits below
-                handler.run()
-            }
-            Err(why) => {
-                let _ = tell.send(Err(why)); // as above
-                Ok(())
-            }
+    let thread = Builder::new().name(name).spawn(move || {
+        let worked = catch_unwind(AssertUnwindSafe(|| {
+            // A ring opens files when it is made, so this thread confines itself afterwards.
+            let made = Handler::new(post).and_then(|handler| confine(Role::Memory).map(|()| handler));
+            let (handler, made) = match made {
+                Ok(handler) => (Some(handler), Ok(())),
+                Err(why) => (None, Err(why)),
+            };
+            let _ = tell.send(made); // the starter waits below
+            handler.map_or(Ok(()), |mut handler| handler.run())
         }));
         let why = match worked {
             Ok(Ok(())) => return,

@@ -97,7 +97,11 @@ mod tests {
         assert_eq!(map.host(Page((4 << 30) / 4096), 1), None);
         assert_eq!(map.page(0), None);
         assert_eq!(map.stretches(Page(below - 2), 5).map(|(_, len)| len).collect::<Vec<_>>(), [8192, 12288]);
-        assert_eq!(map.guest(GuestAddress(0x1001), 0x2fff), [2..4], "only whole pages");
+        assert_eq!(
+            map.guest(GuestAddress(0x1001), 0x2fff),
+            vec![Range { start: 2, end: 4 }],
+            "only whole pages"
+        );
         assert_eq!(
             map.guest(GuestAddress((3 << 30) - 4096), u64::MAX),
             [below - 1..below, below..(4 << 30) / 4096]

@@ -171,7 +171,7 @@ impl Source for InMemory {
 
     fn store(&mut self, first: Page, content: Buffer) {
         let mut state = self.handle.lock();
-        if content.is_empty() || content.len() % PAGE != 0 {
+        if content.is_empty() || !content.len().is_multiple_of(PAGE) {
             state.broken.push(format!("a store of {} bytes", content.len()));
         }
         state.check("a store", first, (content.len() / PAGE) as u32, false);
