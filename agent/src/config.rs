@@ -42,6 +42,8 @@ pub struct Config {
     pub rdma: bool,
     /// Bounds against peers that want too much.
     pub limits: Limits,
+    /// How much memory is lent to guests on other PCs; none without it.
+    pub memory: Option<Memory>,
     /// The volumes.
     pub volume: Vec<Volume>,
     /// Which nodes may use what. Without one, the household's consoles may use every volume.
@@ -58,6 +60,29 @@ pub struct Limits {
     pub requests: u32,
     /// Memory for the data of one connection's requests.
     pub memory: Bytes,
+}
+
+/// Memory that guests on other PCs may lease.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Memory {
+    /// So much in all.
+    pub size: Bytes,
+    /// Lock what is stored into RAM, so that this PC never swaps it out.
+    #[serde(default = "yes")]
+    pub lock: bool,
+    /// A lease that was not renewed for so long ends, and what is stored under it is gone. After `lease_ttl` it does
+    /// so already if another guest needs the memory.
+    #[serde(default = "ten_minutes")]
+    pub keep: Span,
+}
+
+fn yes() -> bool {
+    true
+}
+
+fn ten_minutes() -> Span {
+    Span(Duration::from_secs(600))
 }
 
 /// A disk that guests may lease.
@@ -92,7 +117,7 @@ pub struct Allow {
     /// What they may do with these volumes.
     #[serde(default)]
     pub access: Access,
-    /// How much of this PC's RAM their guests may use; nothing lends RAM yet.
+    /// How much of the memory that is lent their guests may lease, each node by itself.
     #[serde(default)]
     pub memory: Option<Bytes>,
     /// How many vCPUs their guests may run here; nothing lends vCPUs yet.
@@ -147,6 +172,7 @@ impl Default for Config {
             stop_timeout: Span(Duration::from_secs(10)),
             rdma: true,
             limits: Limits::default(),
+            memory: None,
             volume: Vec::new(),
             allow: Vec::new(),
         }
@@ -253,11 +279,27 @@ fn check(config: &Config, checker: &mut Checker<'_>) {
     if config.limits.memory.0 < 4 << 20 {
         checker.wrong(&limits.key("memory"), "a connection needs at least `4M`");
     }
+    if let Some(memory) = &config.memory {
+        check_memory(memory, config.lease_ttl, &root.key("memory"), checker);
+    }
     for (index, volume) in config.volume.iter().enumerate() {
         check_volume(volume, &config.volume[..index], &root.key("volume").index(index), checker);
     }
     for (index, allow) in config.allow.iter().enumerate() {
         check_allow(allow, &config.volume, &root.key("allow").index(index), checker);
+    }
+}
+
+fn check_memory(memory: &Memory, ttl: Span, key: &KeyPath, checker: &mut Checker<'_>) {
+    if memory.size.0 < 1 << 20 {
+        checker.wrong(&key.key("size"), "less than `1M` helps no guest; leave the table out to lend none");
+    }
+    if !memory.size.0.is_multiple_of(4096) {
+        checker.wrong(&key.key("size"), "memory is lent in pages: write a multiple of `4K`");
+    }
+    if memory.keep.0 < ttl.0 {
+        let why = format!("a lease lives at least as long as it may go without being renewed, {ttl}");
+        checker.wrong(&key.key("keep"), why);
     }
 }
 
@@ -379,6 +421,25 @@ mod tests {
         ] {
             let text = mistakes(&format!("{volumes}{text}"));
             assert!(text.contains(what) && text.contains(&format!("agent.toml:{line}:")), "{text}");
+        }
+    }
+
+    #[test]
+    fn memory_is_lent_as_a_table_says_and_a_table_says_how_much() {
+        let config = Config::parse(Path::new("a"), "[memory]\nsize = '24G'").expect("valid");
+        let expected = Memory { size: Bytes(24 << 30), lock: true, keep: Span(Duration::from_secs(600)) };
+        assert_eq!(config.memory, Some(expected));
+        let config = Config::parse(Path::new("a"), "[memory]\nsize = '1M'\nlock = false\nkeep = '15s'");
+        assert!(!config.expect("valid").memory.expect("a table").lock);
+        for (text, what) in [
+            ("[memory]\nlock = true\n", "size"),
+            ("[memory]\nsize = '4K'\n", "1M"),
+            ("[memory]\nsize = '2000000'\n", "4K"),
+            ("[memory]\nsize = '1G'\nkeep = '14s'\n", "15s"),
+            ("[memory]\nsize = '1G'\nkepe = '20s'\n", "`keep`"),
+        ] {
+            let text = mistakes(text);
+            assert!(text.contains(what), "{text}");
         }
     }
 

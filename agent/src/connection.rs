@@ -12,18 +12,32 @@ use devices::disk::{self, Disk, Done, Operation};
 use slab::Slab;
 use transport::buffer::Buffer;
 use transport::identity::{self, Peer, Role, Security, revocation};
-use transport::metrics::{Metrics, Recorder, Registration};
+use transport::metrics::{Metrics, Operations, Recorder, Registration};
 use transport::ring::{Completion, Ring, Token};
 use transport::server::{Connection, Event, Request};
 use transport::wire::{MAX_PAYLOAD, Status};
+use vmm::memory::store::protocol;
 
 use crate::admission::Handle;
 use crate::config::Access as Allowed;
 use crate::lease::Refused;
 use crate::lists::Sent;
+use crate::memory::{Client, Serving};
 use crate::policy::Asker;
 use crate::serve::{Agent, Granted};
 use crate::volume::{Grant, lock};
+
+/// The operations that are counted by name.
+const COUNTED: Operations = Operations(&{
+    let (volume, memory) = (OPERATIONS.0, protocol::NAMES);
+    let mut names = [(0, ""); OPERATIONS.0.len() + protocol::NAMES.len()];
+    let mut at = 0;
+    while at < names.len() {
+        names[at] = if at < volume.len() { volume[at] } else { memory[at - volume.len()] };
+        at += 1;
+    }
+    names
+});
 
 /// A connection comes round at least so often, so that the watchdog sees it alive.
 const ROUND: Duration = Duration::from_secs(2);
@@ -77,6 +91,8 @@ struct Worker {
     jobs: Slab<Job>,
     opening: Vec<Opening>,
     done: Vec<Done>,
+    /// The memory that this connection uses.
+    memory: Serving,
     stopping: bool,
     /// It ends to make room for another one.
     leaving: bool,
@@ -97,7 +113,7 @@ pub(crate) fn serve(
 ) -> std::io::Result<()> {
     let mut ring = Ring::new(ENTRIES)?;
     let mut connection = Connection::new(socket, Arc::clone(&agent.sessions), &agent.security, &mut ring);
-    let recorder = Recorder::new(OPERATIONS);
+    let recorder = Recorder::new(COUNTED);
     let metrics = recorder.metrics();
     connection.record(recorder);
     let wake = ring.source().token(0);
@@ -121,6 +137,7 @@ pub(crate) fn serve(
         jobs: Slab::new(),
         opening: Vec::new(),
         done: Vec::new(),
+        memory: Serving::default(),
         stopping: false,
         leaving: false,
         known: None,
@@ -277,8 +294,20 @@ impl Worker {
             opcode::INVENTORY => self.inventory(&request),
             opcode::ECHO => self.echo(request),
             revocation::OPCODE => self.revocations(&request),
-            _ => self.connection.answer(request.id, Status::UNKNOWN_OPERATION, &[], Buffer::empty()),
+            _ => self.memory(&request),
         }
+    }
+
+    /// Requests about memory are carried out at once: nothing of them waits for a device.
+    fn memory(&mut self, request: &Request) {
+        let client = Client { agent: &self.agent, asker: &self.asker, session: self.session };
+        let Some(answer) = self.memory.answer(&client, request) else {
+            return self.connection.answer(request.id, Status::UNKNOWN_OPERATION, &[], Buffer::empty());
+        };
+        if let Some(why) = answer.forbidden {
+            self.tell(&why);
+        }
+        self.connection.answer(request.id, answer.status, &answer.body, answer.payload);
     }
 
     fn refuse(&mut self, id: u64, status: Status, refusal: &Refusal) {
@@ -602,6 +631,7 @@ impl Worker {
             bound.used = false;
             self.agent.volumes[bound.volume].heard();
         }
+        self.memory.note_use();
     }
 
     /// Answers with JSON.

@@ -50,6 +50,20 @@ pub struct Memory {
     pub total: u64,
     /// What programs could have now.
     pub available: u64,
+    /// What of it the agent lends, if it lends some and is the one that answers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lent: Option<Lent>,
+}
+
+/// Memory that is lent to guests on other PCs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lent {
+    /// So much may be leased.
+    pub size: u64,
+    /// So much is.
+    pub leased: u64,
+    /// So much is stored.
+    pub used: u64,
 }
 
 /// A mounted file system.
@@ -122,6 +136,7 @@ pub fn take() -> Inventory {
         memory: Memory {
             total: system.as_ref().map_or(0, System::total_memory),
             available: system.as_ref().map_or(0, System::available_memory),
+            lent: None,
         },
         disks: disks(),
         networks: networks(),
@@ -191,6 +206,10 @@ impl Inventory {
             format!("memory    {}, {} available", gib(self.memory.total), gib(self.memory.available)),
             format!("kvm       {}", if self.kvm { "yes" } else { "no" }),
         ];
+        if let Some(lent) = &self.memory.lent {
+            let [size, leased, used] = [lent.size, lent.leased, lent.used].map(gib);
+            lines.push(format!("lent      {size} of memory, {leased} leased, {used} stored"));
+        }
         for d in &self.disks {
             let (total, free) = (gib(d.total), gib(d.available));
             lines.push(format!("disk      {} on {} ({}), {total}, {free} free", d.device, d.mounted, d.kind));

@@ -41,7 +41,7 @@ pub struct Holder {
 }
 
 impl Holder {
-    fn is(&self, id: u128, node: Option<&str>) -> bool {
+    pub(crate) fn is(&self, id: u128, node: Option<&str>) -> bool {
         self.id == id && self.node.as_deref() == node
     }
 }
@@ -57,14 +57,14 @@ impl fmt::Display for Holder {
     }
 }
 
-mod hexadecimal {
+pub(crate) mod hexadecimal {
     use serde::{Deserialize, Deserializer, Serializer, de::Error};
 
-    pub(super) fn serialize<S: Serializer>(id: &u128, to: S) -> Result<S::Ok, S::Error> {
+    pub(crate) fn serialize<S: Serializer>(id: &u128, to: S) -> Result<S::Ok, S::Error> {
         to.serialize_str(&format!("{id:032x}"))
     }
 
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<u128, D::Error> {
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<u128, D::Error> {
         u128::from_str_radix(&String::deserialize(from)?, 16).map_err(D::Error::custom)
     }
 }
@@ -191,6 +191,28 @@ impl Table {
         let node = node.map(str::to_owned);
         let holder = Some(Holder { id: asked.holder, name: asked.name.clone(), node });
         self.give(&asked.volume, holder)
+    }
+
+    /// An epoch for something else than a volume.
+    ///
+    /// # Errors
+    /// [`Refused::Failed`].
+    pub fn fresh_epoch(&mut self) -> Result<u64, Refused> {
+        let full = || Refused::Failed("no epoch is left".to_owned());
+        let next = self.stored.last_epoch.checked_add(1).ok_or_else(full)?;
+        self.at_least(next)?;
+        Ok(next)
+    }
+
+    /// Says that `epoch` was given: all later ones are above it.
+    ///
+    /// # Errors
+    /// [`Refused::Failed`].
+    pub fn at_least(&mut self, epoch: u64) -> Result<(), Refused> {
+        if epoch <= self.stored.last_epoch {
+            return Ok(());
+        }
+        self.replace(Stored { last_epoch: epoch, ..self.stored.clone() })
     }
 
     /// The epoch under which everybody reads a volume that nobody writes.
@@ -390,6 +412,22 @@ mod tests {
         assert_eq!(table.release(Lease { epoch, holder: 0 }, DESK), Ok(None));
         assert_eq!(table.check(Lease { epoch, holder: 77 }, DESK, |name| name == "r"), Ok("r"));
         assert!(table.check(Lease { epoch, holder: 77 }, DESK, writable).is_err(), "it is writable by now");
+    }
+
+    #[test]
+    fn an_epoch_for_something_else_is_above_all_that_were_given_and_no_volumes_later() {
+        let (folder, mut table) = table();
+        let first = table.acquire(&ask(1, 0), DESK, GONE).expect("free");
+        assert_eq!(table.fresh_epoch(), Ok(first + 1));
+        assert_eq!((table.at_least(first + 10), table.at_least(2)), (Ok(()), Ok(())));
+        assert_eq!(table.fresh_epoch(), Ok(first + 11));
+        drop(table);
+        let mut table = Table::load(folder.path(), TTL).expect("it loads");
+        assert_eq!(table.fresh_epoch(), Ok(first + 12));
+        let other = Acquire { volume: "w".into(), ..ask(2, 0) };
+        assert_eq!(table.acquire(&other, DESK, GONE), Ok(first + 13));
+        table.at_least(u64::MAX).expect("it stores");
+        assert!(matches!(table.fresh_epoch(), Err(Refused::Failed(_))));
     }
 
     #[test]

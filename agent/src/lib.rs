@@ -12,6 +12,7 @@ pub mod inventory;
 pub mod join;
 pub mod lease;
 mod lists;
+mod memory;
 mod metrics;
 pub mod policy;
 pub mod protection;
@@ -45,6 +46,9 @@ pub enum Error {
         /// Why.
         source: std::io::Error,
     },
+    /// Memory cannot be lent as the configuration says.
+    #[error("{0}")]
+    Memory(String),
     /// The lease table cannot be read or written.
     #[error("Cannot use the state folder {path}: {source}", path = path.display())]
     State {

@@ -76,6 +76,40 @@ impl Policy {
         rules.map(|rule| rule.access).max()
     }
 
+    /// So many bytes of memory `asker` may lease, if so much is lent. `None`: none at all.
+    #[must_use]
+    pub fn memory(&self, asker: &Asker) -> Option<u64> {
+        let (name, console) = match asker {
+            Asker::Unproven => return Some(u64::MAX),
+            Asker::Node { name, console } => (name, *console),
+        };
+        if self.rules.is_empty() {
+            return console.then_some(u64::MAX);
+        }
+        let rules = self.rules.iter().filter(|rule| rule.is_for(name, console));
+        rules.filter_map(|rule| rule.memory).map(|memory| memory.0).max()
+    }
+
+    /// Why `asker` may lease no memory, for both logs.
+    #[must_use]
+    pub fn memory_refusal(&self, asker: &Asker) -> String {
+        let mend = if self.rules.is_empty() {
+            "no `[[allow]]` in its agent.toml names nodes, so only consoles may"
+        } else {
+            "no `[[allow]]` in its agent.toml gives it `memory`"
+        };
+        format!("{asker} may lease no memory: {mend}")
+    }
+
+    /// Whether `asker` may know who else has leased memory: who runs guests, and this agent itself.
+    #[must_use]
+    pub fn shows_memory(&self, asker: &Asker) -> bool {
+        match asker {
+            Asker::Unproven => true,
+            Asker::Node { console, .. } => self.is_own(asker) || *console && self.memory(asker).is_some(),
+        }
+    }
+
     /// Whether `asker` may know of a volume of this name: it may use it, or it is this agent itself.
     #[must_use]
     pub fn shows(&self, asker: &Asker, volume: &str) -> bool {
@@ -114,7 +148,7 @@ impl Policy {
     pub fn describe(&self) -> Vec<String> {
         if self.rules.is_empty() {
             let who = if self.own.is_some() { "consoles of the household" } else { "everybody" };
-            return vec![format!("{who} may write every volume")];
+            return vec![format!("{who} may write every volume, and lease what memory there is")];
         }
         self.rules.iter().map(ToString::to_string).collect()
     }
@@ -129,14 +163,10 @@ impl fmt::Display for Allow {
             let access = if self.access == Access::Write { "write" } else { "read" };
             parts.push(format!("{access} {}", self.volumes.join(", ")));
         }
-        let lent = [
-            self.memory.map(|memory| format!("{memory} of memory")),
-            self.vcpus.map(|vcpus| format!("{vcpus} vCPU{}", if vcpus == 1 { "" } else { "s" })),
-        ];
-        let lent: Vec<String> = lent.into_iter().flatten().collect();
-        if !lent.is_empty() {
-            parts.push(format!("use {} (nothing lends these yet)", lent.join(" and ")));
-        }
+        parts.extend(self.memory.map(|memory| format!("lease {memory} of memory")));
+        parts.extend(self.vcpus.map(|vcpus| {
+            format!("use {vcpus} vCPU{} (nothing lends these yet)", if vcpus == 1 { "" } else { "s" })
+        }));
         f.write_str(&parts.join(", and "))
     }
 }
@@ -249,6 +279,26 @@ mod tests {
     }
 
     #[test]
+    fn memory_is_leased_by_whom_a_table_gives_some_and_without_tables_by_consoles() {
+        let policy = Policy::new(&[], Some("attic".into()));
+        assert_eq!(policy.memory(&node("desk")), Some(u64::MAX));
+        assert_eq!(policy.memory(&helper("shed")), None);
+        assert_eq!(policy.memory(&Asker::Unproven), Some(u64::MAX));
+        let lends = |nodes: &[&str], memory| Allow { memory, ..rule(nodes, &["root"], Access::Read) };
+        let gib = |n: u64| Some(vmm::units::Bytes(n << 30));
+        let rules = [lends(&["desk", "lap-*"], gib(8)), lends(&["desk"], gib(2)), lends(&["den"], None)];
+        let policy = Policy::new(&rules, Some("attic".into()));
+        assert_eq!(policy.memory(&node("desk")), Some(8 << 30), "what any table says");
+        assert_eq!(policy.memory(&node("lap-7")), Some(8 << 30));
+        assert_eq!(policy.memory(&helper("lap-7")), None, "`*` means consoles");
+        assert_eq!(policy.memory(&node("den")), None);
+        let why = policy.memory_refusal(&node("den"));
+        assert!(why.contains("node den may lease no memory") && why.contains("`memory`"), "{why}");
+        assert!(policy.shows_memory(&node("desk")) && policy.shows_memory(&helper("attic")));
+        assert!(!policy.shows_memory(&node("den")) && !policy.shows_memory(&helper("shed")));
+    }
+
+    #[test]
     fn an_agent_shows_itself_everything_and_may_still_use_nothing() {
         for rules in [&[][..], &[rule(&["desk"], &["root"], Access::Read)]] {
             let policy = Policy::new(rules, Some("attic".into()));
@@ -269,7 +319,8 @@ mod tests {
         let mut rule = rule(&["desk", "*"], &["root"], Access::Read);
         rule.vcpus = Some(1);
         rule.memory = Some(vmm::units::Bytes(8 << 30));
-        let text = "nodes desk, * may read root, and use 8G of memory and 1 vCPU (nothing lends these yet)";
+        let text =
+            "nodes desk, * may read root, and lease 8G of memory, and use 1 vCPU (nothing lends these yet)";
         assert_eq!(rule.to_string(), text);
     }
 }

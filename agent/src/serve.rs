@@ -16,11 +16,13 @@ use sd_notify::NotifyState;
 use transport::identity::Security;
 use transport::metrics::Registry;
 use transport::server::{Limits, Sessions};
+use vmm::memory::store::protocol::{Lending, Take, Taken};
 
 use crate::admission::{self, Handle};
 use crate::config::{Access, Config};
 use crate::lease::{Activity, Refused, Table};
 use crate::lists::Lists;
+use crate::memory::{self, Lender};
 use crate::policy::{Asker, Policy};
 use crate::protection::{Protection, remember};
 use crate::renewal::{LOOK_EVERY, Renewal};
@@ -39,6 +41,7 @@ const PEERS: usize = 64;
 /// What all connections share.
 pub struct Agent {
     pub(crate) volumes: Vec<Volume>,
+    pub(crate) memory: Arc<Lender>,
     pub(crate) policy: Policy,
     pub(crate) security: Security,
     pub(crate) leases: Mutex<Table>,
@@ -82,6 +85,7 @@ impl Agent {
         };
         Ok(Self {
             volumes: config.volume.iter().cloned().map(Volume::new).collect(),
+            memory: Lender::new(config.memory.as_ref(), config.lease_ttl.0),
             policy: protection.policy,
             security: protection.security,
             leases: Mutex::new(Table::load(&config.state_folder(), config.lease_ttl.0)?),
@@ -154,6 +158,21 @@ impl Agent {
         let mut ticked = lock(&self.ticked);
         self.stood_still(&mut ticked, ttl);
         *ticked = Instant::now();
+        drop(ticked);
+        let overdue = self.overdue(self.memory.keep, ttl);
+        self.memory.expire(&overdue);
+    }
+
+    /// The leases of memory that were not renewed for `span`, not counting a time in which the agent could not hear
+    /// their holders.
+    fn overdue(&self, span: Duration, ttl: Duration) -> Vec<u64> {
+        loop {
+            let overdue = self.memory.overdue(span);
+            // Looked at afterwards, so that a halt in between is seen too.
+            if overdue.is_empty() || !self.stood_still(&mut lock(&self.ticked), ttl) {
+                return overdue;
+            }
+        }
     }
 
     /// Whether the agent was stopped, frozen or starved for so long that holders' renewals may have been
@@ -165,6 +184,7 @@ impl Agent {
         }
         tracing::warn!(?still, "The agent stood still; the time of every lease starts anew");
         self.volumes.iter().for_each(Volume::heard);
+        self.memory.heard();
         *ticked = Instant::now();
         true
     }
@@ -173,6 +193,31 @@ impl Agent {
     fn permit(&self, asker: &Asker, volume: &str) -> Result<Access, Refused> {
         let access = self.policy.access(asker, volume);
         access.ok_or_else(|| Refused::Forbidden(self.policy.refusal(asker, volume)))
+    }
+
+    /// So many bytes `asker` may lease.
+    pub(crate) fn permit_memory(&self, asker: &Asker) -> Result<u64, memory::Refused> {
+        let allowed = self.policy.memory(asker);
+        allowed.ok_or_else(|| memory::Refused::Forbidden(self.policy.memory_refusal(asker)))
+    }
+
+    /// Gives a lease of memory.
+    pub(crate) fn take_memory(&self, asker: &Asker, asked: &Take) -> Result<Taken, memory::Refused> {
+        let allowed = self.permit_memory(asker)?;
+        let ttl = lock(&self.leases).ttl();
+        let overdue = self.overdue(ttl, ttl);
+        let epoch = || lock(&self.leases).fresh_epoch().map_err(memory::Refused::from);
+        self.memory.take(asked, asker.node(), allowed, &overdue, epoch)
+    }
+
+    /// What is lent, as far as `asker` may know.
+    pub(crate) fn lending(&self, asker: &Asker) -> Result<Lending, memory::Refused> {
+        if !self.policy.shows_inventory(asker) {
+            return Err(memory::Refused::Forbidden(self.policy.memory_refusal(asker)));
+        }
+        let all = self.policy.shows_memory(asker);
+        let shows = |node: Option<&str>| all || asker.node().is_some() && node == asker.node();
+        Ok(self.memory.lending(asker.node(), self.policy.memory(asker).unwrap_or(0), shows))
     }
 
     /// The volume of a lease that is current and `asker`'s, and what may be done with it.
@@ -259,7 +304,10 @@ impl Agent {
     }
 
     pub(crate) fn inventory_json(&self) -> Vec<u8> {
-        serde_json::to_vec(&inventory::take()).unwrap_or_default()
+        let [size, leased, used] = self.memory.totals();
+        let mut inventory = inventory::take();
+        inventory.memory.lent = (size > 0).then_some(inventory::Lent { size, leased, used });
+        serde_json::to_vec(&inventory).unwrap_or_default()
     }
 
     /// Ends the connections of peers whose certificates are revoked by what is known now, or are not valid any more. Their sessions cannot
@@ -268,6 +316,15 @@ impl Agent {
         let Security::Tls(identity) = &self.security else { return };
         for node in self.sessions.revoke(|peer| identity.revokes(peer)) {
             tracing::warn!(%node, "The node's certificate was revoked or is not valid any more; its connection is cut");
+        }
+    }
+
+    /// Takes over the memory of guests from an earlier process, if it was kept.
+    fn take_over_memory(&self) {
+        let highest = self.memory.take_over();
+        // Nothing that is given from now on may have their epochs, even if the table was lost.
+        if let Err(why) = lock(&self.leases).at_least(highest) {
+            tracing::error!(?why, "The epochs of kept memory could not be noted");
         }
     }
 
@@ -357,7 +414,9 @@ pub fn run(config: &Config) -> Result<(), Error> {
     let folder = config.state_folder();
     remember(config, &protection.security).map_err(|source| Error::State { path: folder, source })?;
     let mut signals = Signals::catch().map_err(failed("Cannot catch signals"))?;
+    memory::check(config)?.iter().for_each(|warning| tracing::warn!("{warning}"));
     let agent = Arc::new(Agent::new(config, protection)?);
+    agent.take_over_memory();
     Lists::start(&agent).map_err(failed("Cannot start a thread"))?;
     agent.open_volumes();
     agent.tick(config.lease_ttl.0);

@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use transport::metrics::{Series, Snapshot};
 
+use crate::memory::Sight;
+
 /// Upper edges of the latency buckets, as powers of two of a nanosecond: there they are exact.
 const EDGES: [u32; 16] = [14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 26, 28, 30, 32, 34];
 
@@ -16,6 +18,10 @@ pub(crate) struct Facts {
     pub(crate) started: Duration,
     /// Connections that are served now.
     pub(crate) connections: usize,
+    /// Memory in bytes: lent, leased, stored.
+    pub(crate) memory: [u64; 3],
+    /// Its leases.
+    pub(crate) leases: Vec<Sight>,
 }
 
 #[derive(Clone, Copy)]
@@ -103,6 +109,7 @@ pub(crate) fn text(facts: &Facts, peers: &[Snapshot]) -> String {
     text.family("connections", Gauge, "Connections that are served now, of peers whose hello came.");
     text.sample("connections", &[], facts.connections);
 
+    memory(&mut text, facts);
     text.peers(peers, "peer_connections", Gauge, "Connections of the peer that are open.", |p| p.connections);
     let help = "Connections of the peer whose hello was done.";
     text.peers(peers, "peer_connects_total", Counter, help, |p| p.connects);
@@ -141,6 +148,38 @@ pub(crate) fn text(facts: &Facts, peers: &[Snapshot]) -> String {
     text.0
 }
 
+/// A metric of leases: its name, type, help and value.
+type Family = (&'static str, Type, &'static str, fn(&Sight) -> u64);
+
+fn memory(text: &mut Text, facts: &Facts) {
+    use Type::{Counter, Gauge};
+    let [size, leased, stored] = facts.memory;
+    for (name, help, value) in [
+        ("memory_size_bytes", "Memory that may be leased.", size),
+        ("memory_leased_bytes", "Memory that is leased.", leased),
+        ("memory_stored_bytes", "Guests' memory that is stored.", stored),
+    ] {
+        text.family(name, Gauge, help);
+        text.sample(name, &[], value);
+    }
+    let families: [Family; 5] = [
+        ("memory_lease_quota_bytes", Gauge, "What the lease may hold.", |s| s.lent.quota),
+        ("memory_lease_stored_bytes", Gauge, "What the lease holds.", |s| s.lent.used),
+        ("memory_lease_connections", Gauge, "Connections that use the lease.", |s| s.lent.connections.into()),
+        ("memory_lease_fetched_pages_total", Counter, "Pages that the guest got.", |s| s.fetched),
+        ("memory_lease_stored_pages_total", Counter, "Pages that the guest had stored.", |s| s.stored),
+    ];
+    for (name, kind, help, value) in families {
+        text.family(name, kind, help);
+        for sight in &facts.leases {
+            let (node, epoch) =
+                (sight.lent.node.as_deref().unwrap_or_default(), sight.lent.epoch.to_string());
+            let labels = [("guest", sight.lent.guest.as_str()), ("node", node), ("lease", epoch.as_str())];
+            text.sample(name, &labels, value(sight));
+        }
+    }
+}
+
 fn durations(text: &mut Text, peers: &[Snapshot]) {
     let help = "From a request's last byte to its answer.";
     text.family("request_duration_seconds", Type::Histogram, help);
@@ -167,8 +206,46 @@ fn durations(text: &mut Text, peers: &[Snapshot]) {
 mod tests {
     use transport::metrics::Histogram;
     use transport::wire::Class;
+    use vmm::memory::store::protocol::Lent;
 
     use super::*;
+
+    fn facts() -> Facts {
+        let (name, leases) = ("b".to_owned(), Vec::new());
+        Facts { name, started: Duration::ZERO, connections: 0, memory: [0; 3], leases }
+    }
+
+    #[test]
+    fn each_lease_of_memory_is_told_by_guest_and_node() {
+        let lent = |guest: &str, node: Option<&str>, epoch| Lent {
+            guest: guest.into(),
+            node: node.map(str::to_owned),
+            epoch,
+            ram: 8 << 30,
+            quota: 4 << 30,
+            used: 3 << 30,
+            connections: 2,
+            idle: 0,
+        };
+        let leases = vec![
+            Sight { lent: lent("a\" b", Some("desk"), 7), fetched: 11, stored: 12 },
+            Sight { lent: lent("c", None, 8), fetched: 0, stored: 1 },
+        ];
+        let facts = Facts { memory: [24 << 30, 8 << 30, 6 << 30], leases, ..facts() };
+        let text = text(&facts, &[]);
+        for line in [
+            "omega_agent_memory_size_bytes 25769803776",
+            "omega_agent_memory_leased_bytes 8589934592",
+            "omega_agent_memory_stored_bytes 6442450944",
+            r#"omega_agent_memory_lease_quota_bytes{guest="a\" b",node="desk",lease="7"} 4294967296"#,
+            r#"omega_agent_memory_lease_stored_bytes{guest="a\" b",node="desk",lease="7"} 3221225472"#,
+            r#"omega_agent_memory_lease_connections{guest="c",node="",lease="8"} 2"#,
+            r#"omega_agent_memory_lease_fetched_pages_total{guest="a\" b",node="desk",lease="7"} 11"#,
+            r#"omega_agent_memory_lease_stored_pages_total{guest="c",node="",lease="8"} 1"#,
+        ] {
+            assert!(text.lines().any(|l| l == line), "{line} in {text}");
+        }
+    }
 
     #[test]
     fn seconds_are_exact_and_short() {
@@ -186,7 +263,7 @@ mod tests {
     #[test]
     fn a_hostile_name_stays_inside_its_label() {
         let peer = Snapshot { peer: "a\"} 1\nomega_agent_evil{x=\"\\".into(), ..Snapshot::default() };
-        let facts = Facts { name: "b".into(), started: Duration::from_millis(1500), connections: 1 };
+        let facts = Facts { started: Duration::from_millis(1500), connections: 1, ..facts() };
         let text = text(&facts, &[peer]);
         let expected = r#"omega_agent_peer_connects_total{peer="a\"} 1\nomega_agent_evil{x=\"\\"} 0"#;
         assert!(text.lines().any(|line| line == expected), "{text}");
@@ -211,8 +288,7 @@ mod tests {
             queueing: Default::default(),
         };
         let peer = Snapshot { peer: "p".into(), series: vec![series], ..Snapshot::default() };
-        let facts = Facts { name: "b".into(), started: Duration::ZERO, connections: 0 };
-        let text = text(&facts, &[peer]);
+        let text = text(&facts(), &[peer]);
         for (edge, count) in
             [("0.000016384", 1), ("0.000032768", 2), ("0.001048576", 3), ("17.179869184", 3), ("+Inf", 4)]
         {

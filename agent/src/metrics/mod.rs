@@ -38,7 +38,8 @@ pub(crate) fn start(address: SocketAddr, agent: &Arc<Agent>) -> Result<(), Error
     let (agent, name) = (Arc::clone(agent), agent.name());
     let text = move || {
         let (name, connections) = (agent.name(), agent.connections());
-        exposition::text(&Facts { name, started, connections }, &agent.metrics.snapshot())
+        let (memory, leases) = (agent.memory.totals(), agent.memory.sights());
+        exposition::text(&Facts { name, started, connections, memory, leases }, &agent.metrics.snapshot())
     };
     answer_on(&Arc::new(listener), &name, text).map_err(failed)
 }
