@@ -8,9 +8,28 @@ use transport::ring::{Completion, Ring};
 
 use super::fault::Page;
 
+mod ask;
+mod connect;
+mod control;
+mod copies;
+mod core;
+mod file;
+mod health;
+mod moves;
+mod placement;
 pub mod protocol;
+mod remote;
+mod requests;
+mod stores;
 #[cfg(test)]
 pub(crate) mod testing;
+
+pub use connect::{ConnectError, Connected, OnLoss, Terms, connect};
+pub use control::{Control, NoSuchHelper};
+pub use file::Error as FileError;
+pub use health::{Health, HelperReport, Report, Standing, Stuck};
+pub use remote::Helper;
+pub use stores::Stores;
 
 /// How soon a page is needed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
