@@ -11,6 +11,8 @@ pub mod floor;
 pub mod omega;
 pub mod peer;
 pub mod random;
+pub mod region;
 pub mod smaps;
 pub mod stats;
 pub mod suite;
+pub mod zipf;

@@ -5,14 +5,14 @@ use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::{Pid, gettid};
 
+use super::placed;
 use crate::stats::{median, micros, rate};
 
 /// Listens, hands the one connection that comes to `serve` on a thread of its own, and connects to it.
 /// The thread ends when the connection does.
-fn connected(serve: impl FnOnce(TcpStream) + Send + 'static) -> Result<TcpStream> {
+pub(super) fn connected(serve: impl FnOnce(TcpStream) + Send + 'static) -> Result<TcpStream> {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
     let address = listener.local_addr()?;
     std::thread::Builder::new().name("floor".into()).spawn(move || {
@@ -61,16 +61,8 @@ impl PingPong {
     /// The connection ends, or threads may not be placed.
     pub fn run(&mut self, slice: Duration) -> Result<Vec<f64>> {
         let free = self.run_placed(slice / 2)?;
-        let (ours, theirs) = (sched_getaffinity(Pid::from_raw(0))?, sched_getaffinity(self.server)?);
-        let one = (0..CpuSet::count()).find(|cpu| ours.is_set(*cpu).unwrap_or(false)).context("No CPU")?;
-        let mut together = CpuSet::new();
-        together.set(one)?;
-        sched_setaffinity(Pid::from_raw(0), &together)?;
-        sched_setaffinity(self.server, &together)?;
-        let placed = self.run_placed(slice / 2);
-        sched_setaffinity(Pid::from_raw(0), &ours)?;
-        sched_setaffinity(self.server, &theirs)?;
-        let placed = placed?;
+        let server = self.server;
+        let placed = placed::together(&[server], || self.run_placed(slice / 2))??;
         Ok(if median(&placed) < median(&free) { placed } else { free })
     }
 

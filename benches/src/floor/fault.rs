@@ -1,0 +1,252 @@
+//! The plainest program that has its memory elsewhere: one thread reads an event of userfaultfd, asks for the page
+//! over a blocking socket, and puts it into place.
+#![allow(unsafe_code)] // userfaultfd has no safe interface, and the memory that faults is a mapping.
+
+use std::ffi::c_void;
+use std::fs::File;
+use std::io::{Read, Write};
+use std::num::NonZero;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use nix::fcntl::{FallocateFlags, fallocate};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+use nix::unistd::{Pid, gettid};
+
+use super::placed;
+use super::tcp::connected;
+use crate::random::Random;
+use crate::region::{PAGE, Region};
+use crate::stats::{median, micros};
+
+const UFFD_API: u64 = 0xaa;
+const UFFDIO_API: libc::c_ulong = 0xc018_aa3f;
+const UFFDIO_REGISTER: libc::c_ulong = 0xc020_aa00;
+const UFFDIO_COPY: libc::c_ulong = 0xc028_aa03;
+/// Missing pages of shared memory.
+const MISSING_SHARED: u64 = 1 << 5;
+const REGISTER_MISSING: u64 = 1;
+
+#[repr(C)]
+struct Api {
+    api: u64,
+    features: u64,
+    ioctls: u64,
+}
+
+#[repr(C)]
+struct Register {
+    start: u64,
+    len: u64,
+    mode: u64,
+    ioctls: u64,
+}
+
+#[repr(C)]
+struct Copy {
+    to: u64,
+    from: u64,
+    len: u64,
+    mode: u64,
+    copied: i64,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct Message {
+    event: u64,
+    flags: u64,
+    address: u64,
+    thread: u64,
+}
+
+/// Memory whose pages are fetched from a thread behind a socket, one by one. Dropping it ends its threads.
+pub struct Plain {
+    memory: NonNull<c_void>,
+    region: Region,
+    file: File,
+    stop: Arc<AtomicBool>,
+    handler: Option<std::thread::JoinHandle<()>>,
+    threads: [Pid; 2],
+    /// The order in which pages are touched: all, once, by steps of a large number that has no divisor in common
+    /// with their count.
+    at: u64,
+    touched: u64,
+}
+
+impl Plain {
+    /// Memory of so many pages, a power of two.
+    ///
+    /// # Errors
+    /// The kernel lacks or refuses userfaultfd, or loopback does not work.
+    pub fn new(pages: u64) -> Result<Self> {
+        let len = pages as usize * PAGE;
+        let file = File::from(memfd_create(c"plain", MFdFlags::MFD_CLOEXEC)?);
+        file.set_len(len as u64)?;
+        let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        let length = NonZero::new(len).context("no pages")?;
+        // SAFETY: a new mapping at an address of the kernel's choice takes nothing away from anybody.
+        let memory = unsafe { mmap(None, length, protection, MapFlags::MAP_SHARED, &file, 0) }?;
+        let events = File::from(userfault(memory, len).context("userfaultfd is refused")?);
+
+        let (tell, told) = std::sync::mpsc::channel();
+        let tell_too = tell.clone();
+        let mut socket = connected(move |mut socket| {
+            let (mut question, answer) = ([0; 8], [0x5a; PAGE]);
+            let _ = tell_too.send(gettid());
+            while socket.read_exact(&mut question).is_ok() && socket.write_all(&answer).is_ok() {}
+        })?;
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = stop.clone();
+        let handler = std::thread::Builder::new().name("plain".into()).spawn(move || {
+            let _ = tell.send(gettid());
+            let mut page = [0; PAGE];
+            while !stopped.load(Ordering::Relaxed) {
+                serve(&events, &mut socket, &mut page).expect("the plain program works");
+            }
+        })?;
+        let threads = [told.recv()?, told.recv()?];
+        // SAFETY: it was mapped just now for nothing else, and stays until this is dropped.
+        let region = unsafe { Region::new(memory.cast(), pages) };
+        Ok(Self { memory, region, file, stop, handler: Some(handler), threads, at: 0, touched: 0 })
+    }
+
+    /// Touches missing pages for `slice`, half of it with all threads on one CPU; how long each touch took, in
+    /// microseconds, of the half with the lower median.
+    ///
+    /// # Errors
+    /// Threads may not be placed, or memory not be given back.
+    pub fn run(&mut self, slice: Duration) -> Result<Vec<f64>> {
+        let free = self.touch(slice / 2)?;
+        let threads = self.threads;
+        let together = placed::together(&threads, || self.touch(slice / 2))??;
+        Ok(if median(&together) < median(&free) { together } else { free })
+    }
+
+    fn touch(&mut self, slice: Duration) -> Result<Vec<f64>> {
+        let (start, mut times) = (Instant::now(), Vec::new());
+        while start.elapsed() < slice {
+            if self.touched == self.region.pages() {
+                self.give_back()?;
+            }
+            self.at = (self.at + 2_654_435_761) % self.region.pages();
+            self.touched += 1;
+            times.push(micros(self.touch_one(self.at)));
+        }
+        Ok(times)
+    }
+
+    fn touch_one(&self, page: u64) -> Duration {
+        let before = Instant::now();
+        let word = self.region.read(page);
+        let time = before.elapsed();
+        assert_eq!(word, 0x5a5a_5a5a_5a5a_5a5a, "the page that was sent");
+        time
+    }
+
+    /// Makes all pages missing again.
+    fn give_back(&mut self) -> Result<()> {
+        let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        fallocate(&self.file, flags, 0, (self.region.pages() * PAGE as u64) as libc::off_t)?;
+        self.touched = 0;
+        Ok(())
+    }
+}
+
+impl Drop for Plain {
+    fn drop(&mut self) {
+        // The handler ends after the next page.
+        self.stop.store(true, Ordering::Relaxed);
+        if self.give_back().is_ok() {
+            self.touch_one(0);
+            if let Some(handler) = self.handler.take() {
+                let _ = handler.join();
+            }
+            // SAFETY: nobody has an address inside the mapping any more.
+            let _ = unsafe { munmap(self.memory, self.region.pages() as usize * PAGE) };
+        }
+    }
+}
+
+/// A descriptor that has an event for each touch of a missing page.
+fn userfault(memory: NonNull<c_void>, len: usize) -> std::io::Result<OwnedFd> {
+    // SAFETY: the call takes flags by value and returns a new descriptor or an error.
+    let descriptor = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC) };
+    if descriptor < 0 {
+        return Err(std::io::Error::last_os_error());
+    }
+    // SAFETY: it is new, so nobody else owns it.
+    let descriptor = unsafe { OwnedFd::from_raw_fd(descriptor as i32) };
+    ask(&descriptor, UFFDIO_API, &mut Api { api: UFFD_API, features: MISSING_SHARED, ioctls: 0 })?;
+    let start = memory.as_ptr() as u64;
+    let mut register = Register { start, len: len as u64, mode: REGISTER_MISSING, ioctls: 0 };
+    ask(&descriptor, UFFDIO_REGISTER, &mut register)?;
+    Ok(descriptor)
+}
+
+fn ask<T>(descriptor: &impl AsRawFd, request: libc::c_ulong, argument: &mut T) -> std::io::Result<()> {
+    // SAFETY: called with the structure that belongs to the request; what it does to memory is within `Plain`'s.
+    let result = unsafe { libc::ioctl(descriptor.as_raw_fd(), request, std::ptr::from_mut(argument)) };
+    if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+}
+
+/// One fault.
+fn serve(events: &File, socket: &mut std::net::TcpStream, page: &mut [u8; PAGE]) -> Result<()> {
+    let mut message = Message::default();
+    let size = size_of::<Message>();
+    // SAFETY: the kernel writes whole messages, for whose fields every bit pattern is valid.
+    let got = unsafe { libc::read(events.as_raw_fd(), std::ptr::from_mut(&mut message).cast(), size) };
+    if usize::try_from(got) != Ok(size) {
+        bail!("an event cannot be read: {}", std::io::Error::last_os_error());
+    }
+    let to = message.address & !(PAGE as u64 - 1);
+    socket.write_all(&to.to_le_bytes())?;
+    socket.read_exact(page)?;
+    let mut copy = Copy { to, from: page.as_ptr() as u64, len: PAGE as u64, mode: 0, copied: 0 };
+    while let Err(why) = ask(events, UFFDIO_COPY, &mut copy) {
+        if why.kind() != std::io::ErrorKind::WouldBlock {
+            return Err(why.into());
+        }
+    }
+    Ok(())
+}
+
+/// Pages below `count` in an order in which none follows its neighbour.
+#[must_use]
+pub fn scattered(count: u64, seed: u64) -> Vec<u64> {
+    let mut random = Random::new(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+    let mut pages: Vec<u64> = (0..count).collect();
+    for at in (1..pages.len()).rev() {
+        pages.swap(at, random.below(at as u64 + 1) as usize);
+    }
+    pages
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pages_come_over_the_socket_again_and_again() {
+        match Plain::new(64) {
+            Ok(mut plain) => {
+                let times = plain.run(Duration::from_millis(60)).expect("it runs");
+                assert!(times.len() > 64, "{} touches", times.len());
+            }
+            Err(why) => eprintln!("cannot run: {why:#}"),
+        }
+    }
+
+    #[test]
+    fn scattered_pages_are_all_pages_once() {
+        let mut pages = scattered(1000, 3);
+        assert_ne!(pages[..10], (0..10).collect::<Vec<_>>());
+        pages.sort_unstable();
+        assert_eq!(pages, (0..1000).collect::<Vec<_>>());
+    }
+}
