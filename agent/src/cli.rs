@@ -11,6 +11,7 @@ use tracing_subscriber::EnvFilter;
 use transport::blocking::Client;
 use transport::identity::Security;
 use transport::wire::{Class, MAX_PAYLOAD, Status};
+use vmm::memory::store::protocol::{self, Lending};
 
 use crate::config::{Config, DEFAULT_PATH};
 use crate::protection::Protection;
@@ -38,6 +39,12 @@ enum Command {
     Validate,
     /// List the running agent's volumes and who holds them.
     Volumes {
+        /// As JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show the memory that the running agent lends, and to whom.
+    Memory {
         /// As JSON.
         #[arg(long)]
         json: bool,
@@ -101,6 +108,7 @@ fn run(cli: &Cli) -> Result<(), Error> {
         }
         Command::Validate => validate(&Config::load(&cli.config)?),
         Command::Volumes { json } => volumes(&Config::load(&cli.config)?, *json),
+        Command::Memory { json } => memory(&Config::load(&cli.config)?, *json),
         Command::Inventory { json } => {
             let inventory = inventory::take();
             let text = if *json {
@@ -156,18 +164,25 @@ fn validate(config: &Config) -> Result<(), Error> {
             problems.push(format!("volume {}: {e}", volume.name));
         }
     }
+    let mut warnings = protection.warnings.clone();
+    match crate::memory::check(config) {
+        Ok(more) => warnings.extend(more),
+        Err(e) => problems.push(e.to_string()),
+    }
     if problems.is_empty() {
+        let lends = config.memory.as_ref().map(|m| format!("{} of memory, ", m.size)).unwrap_or_default();
         let mut lines =
-            vec![format!("valid: {} volumes, listening on {}", config.volume.len(), config.listen)];
+            vec![format!("valid: {} volumes, {lends}listening on {}", config.volume.len(), config.listen)];
         lines.push(protection.describe());
         lines.extend(protection.policy.describe().iter().map(|rule| format!("allow: {rule}")));
-        lines.extend(protection.warnings.iter().map(|warning| format!("warning: {warning}")));
+        lines.extend(warnings.iter().map(|warning| format!("warning: {warning}")));
         return print(&lines.join("\n"));
     }
     Err(Error::Answer(problems.join("\nomega-agent: ")))
 }
 
-fn volumes(config: &Config, json: bool) -> Result<(), Error> {
+/// The running agent's answer to a question without a body, which it gives as JSON.
+fn ask<T: serde::de::DeserializeOwned>(config: &Config, opcode: u16) -> Result<T, Error> {
     let mut address = config.address();
     if address.ip().is_unspecified() {
         address.set_ip(if address.is_ipv4() {
@@ -182,16 +197,42 @@ fn volumes(config: &Config, json: bool) -> Result<(), Error> {
         Security::Plain => None,
         Security::Tls(identity) => Some(identity.current().name().to_owned()),
     };
-    let mut client = Client::new(&address.to_string(), "omega-agent volumes", &security, node.as_deref())?;
+    let mut client = Client::new(&address.to_string(), "omega-agent", &security, node.as_deref())?;
     let timeout = Duration::from_secs(3);
-    let reply = client.call(Class::Control, opcode::VOLUMES, &[], Vec::new(), MAX_PAYLOAD, timeout)?;
+    let reply = client.call(Class::Control, opcode, &[], Vec::new(), MAX_PAYLOAD, timeout)?;
     if reply.status != Status::OK {
         return Err(Error::Answer(format!("status {}", reply.status.0)));
     }
-    let list: Vec<Volume> =
-        serde_json::from_slice(&reply.payload).map_err(|e| Error::Answer(e.to_string()))?;
+    serde_json::from_slice(&reply.payload).map_err(|e| Error::Answer(e.to_string()))
+}
+
+fn print_json(value: &impl serde::Serialize) -> Result<(), Error> {
+    print(&serde_json::to_string_pretty(value).map_err(|e| Error::Answer(e.to_string()))?)
+}
+
+fn memory(config: &Config, json: bool) -> Result<(), Error> {
+    let lending: Lending = ask(config, protocol::opcode::STATUS)?;
     if json {
-        return print(&serde_json::to_string_pretty(&list).map_err(|e| Error::Answer(e.to_string()))?);
+        return print_json(&lending);
+    }
+    let [size, leased, used] = [lending.size, lending.leased, lending.used];
+    let mut lines = vec![format!("{size} bytes lent, {leased} leased, {used} stored")];
+    if !lending.survives && size > 0 {
+        lines.push("a restart of the agent loses what is stored: systemd does not keep it".to_owned());
+    }
+    lines.push(format!("{:<20} {:<16} {:>15} {:>15}  {}", "GUEST", "NODE", "LEASED", "STORED", "IDLE"));
+    for lent in lending.leases {
+        let (node, idle) = (lent.node.unwrap_or_else(|| "-".to_owned()), Duration::from_millis(lent.idle));
+        let numbers = format!("{:>15} {:>15}", lent.quota, lent.used);
+        lines.push(format!("{:<20} {node:<16} {numbers}  {} s", lent.guest, idle.as_secs()));
+    }
+    print(&lines.join("\n"))
+}
+
+fn volumes(config: &Config, json: bool) -> Result<(), Error> {
+    let list: Vec<Volume> = ask(config, opcode::VOLUMES)?;
+    if json {
+        return print_json(&list);
     }
     let mut lines = vec![format!("{:<20} {:>15}  {:<10} {}", "VOLUME", "BYTES", "ACCESS", "HOLDER")];
     for v in list {

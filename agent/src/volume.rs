@@ -258,21 +258,22 @@ mod tests {
     #[test]
     fn nothing_begins_under_a_grant_that_was_revoked_and_idle() {
         let grant = Grant::new(1, Some(user(1)));
-        let worker = Arc::clone(&grant);
+        let (worker, begun) = (Arc::clone(&grant), Arc::new(AtomicU64::new(0)));
+        let counts = Arc::clone(&begun);
         let busy = std::thread::spawn(move || {
-            let mut begun = 0u64;
             while worker.enter() {
-                begun += 1;
+                counts.fetch_add(1, SeqCst);
                 worker.exit();
             }
-            begun
         });
-        std::thread::sleep(Duration::from_millis(5));
+        while begun.load(SeqCst) == 0 {
+            std::thread::yield_now();
+        }
         grant.revoke();
         while !grant.is_idle() {
             std::thread::yield_now();
         }
-        assert!(busy.join().expect("it ends") > 0);
+        busy.join().expect("it ends");
         assert!(!grant.enter() && grant.is_idle());
     }
 

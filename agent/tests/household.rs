@@ -176,6 +176,11 @@ fn a_revoked_console_is_cut_off_as_soon_as_any_other_connects_and_stays_out() {
         good.idle(Duration::from_millis(100));
         held(&stored) == crl.number()
     });
+    // The list is stored a moment before it is heeded.
+    home.wait_for("the cut", || {
+        bad.idle(Duration::from_millis(50));
+        bad.disk.describe().contains("away for")
+    });
     let tag = bad.submit(Operation::Read, 0, 4096, Buffer::zeroed(4096));
     bad.idle(Duration::from_secs(2));
     assert!(!bad.done.iter().any(|done| done.tag == tag && done.result.is_ok()), "it reads no more");

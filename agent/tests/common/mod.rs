@@ -1,6 +1,8 @@
 //! A real agent process, and a remote disk driven as a device's queue drives it.
 #![allow(dead_code, unreachable_pub)] // each test file uses its part
 
+pub mod systemd;
+
 use std::io::{BufRead, BufReader};
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
@@ -15,6 +17,8 @@ use nix::unistd::Pid;
 use transport::buffer::Buffer;
 use transport::ring::Ring;
 
+use systemd::Systemd;
+
 /// Nothing here takes so long, unless it never ends.
 pub const LIMIT: Duration = Duration::from_secs(60);
 
@@ -24,6 +28,8 @@ pub struct Agent {
     pub address: String,
     /// Whether single requests are logged.
     pub traces: bool,
+    /// What keeps the agent's descriptors, if something does.
+    pub systemd: Option<Systemd>,
     child: Option<Child>,
     log: Arc<Mutex<String>>,
 }
@@ -39,7 +45,7 @@ impl Agent {
         let port = TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a free port").port();
         let folder = tempfile::tempdir().expect("a folder");
         let address = format!("127.0.0.1:{port}");
-        let mut agent = Self { folder, address, traces, child: None, log: Arc::default() };
+        let mut agent = Self { folder, address, traces, systemd: None, child: None, log: Arc::default() };
         agent.configure(volumes);
         agent.run();
         agent
@@ -48,8 +54,9 @@ impl Agent {
     /// Writes the configuration.
     pub fn configure(&self, volumes: &str) {
         let folder = self.folder.path().display().to_string();
+        let ttl = if volumes.contains("lease_ttl") { "" } else { "lease_ttl = '2s'\n" };
         let text = format!(
-            "listen = '{}'\nname = 'pc2'\nstate = '{folder}/state'\nlease_ttl = '2s'\n{}",
+            "listen = '{}'\nname = 'pc2'\nstate = '{folder}/state'\n{ttl}{}",
             self.address,
             volumes.replace("DIR", &folder)
         );
@@ -66,7 +73,10 @@ impl Agent {
 
     /// Starts the process and waits until it listens.
     pub fn run(&mut self) {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_omega-agent"))
+        let program = env!("CARGO_BIN_EXE_omega-agent");
+        let command = self.systemd.as_ref().map(|systemd| systemd.command(program));
+        let mut child = command
+            .unwrap_or_else(|| Command::new(program))
             .args(self.traces.then_some("--log=info,transport::request=trace"))
             .args(["--config".as_ref(), self.config().as_os_str()])
             .stderr(Stdio::piped())
@@ -98,6 +108,11 @@ impl Agent {
     pub fn signal(&self, signal: Signal) {
         let child = self.child.as_ref().expect("it runs");
         kill(Pid::from_raw(child.id() as i32), signal).expect("it is there");
+    }
+
+    /// The number of the process.
+    pub fn pid(&self) -> u32 {
+        self.child.as_ref().expect("it runs").id()
     }
 
     /// Ends the process with `signal` and returns its exit code, none if the signal killed it.
