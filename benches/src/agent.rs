@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 use crate::bench::Bench;
 use crate::peer::{answers, free_port};
 
-/// An agent that serves one volume, `bench`, read-only. Dropping it ends its process.
+/// An agent that serves one volume, `bench`, read-only, or lends memory. Dropping it ends its process.
 pub struct Agent {
     child: Child,
     address: String,
@@ -22,16 +22,30 @@ impl Agent {
     /// # Errors
     /// The agent is not built or does not come up.
     pub fn start(bench: &Bench, volume: &Path, direct: bool) -> Result<Self> {
+        let text = format!(
+            "[[volume]]\nname = 'bench'\npath = '{}'\nread_only = true\ndirect = '{}'\n",
+            volume.display(),
+            if direct { "on" } else { "off" },
+        );
+        Self::with(bench, &text)
+    }
+
+    /// Lends `size` bytes of memory on a free port of loopback; `identity` is the folder of its identity.
+    ///
+    /// # Errors
+    /// The agent is not built or does not come up.
+    pub fn lend(bench: &Bench, size: u64, identity: Option<&Path>) -> Result<Self> {
+        let identity = identity.map(|folder| format!("identity = '{}'\n", folder.display()));
+        let text = format!("{}[memory]\nsize = {size}\nlock = false\n", identity.unwrap_or_default());
+        Self::with(bench, &text)
+    }
+
+    fn with(bench: &Bench, rest: &str) -> Result<Self> {
         let port = free_port()?;
         let address = format!("127.0.0.1:{port}");
         let folder = tempfile::tempdir_in(bench.directory())?.keep();
         let (config, log) = (folder.join("agent.toml"), folder.join("agent.log"));
-        let text = format!(
-            "listen = '{address}'\nstate = '{}'\n[[volume]]\nname = 'bench'\npath = '{}'\nread_only = true\ndirect = '{}'\n",
-            folder.join("state").display(),
-            volume.display(),
-            if direct { "on" } else { "off" },
-        );
+        let text = format!("listen = '{address}'\nstate = '{}'\n{rest}", folder.join("state").display());
         std::fs::write(&config, text)?;
         let child = Command::new(bench.program("omega-agent")?)
             .arg("--config")

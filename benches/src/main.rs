@@ -5,8 +5,9 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use benches::bench::{Bench, target};
 use benches::figure::{Figure, table};
+use benches::inside::{self, Inside};
 use benches::suite;
-use clap::Parser;
+use clap::{Parser, Subcommand};
 
 /// Figures of Omega beside their floors and peers.
 #[derive(Parser)]
@@ -23,6 +24,15 @@ struct Arguments {
     /// List the figures.
     #[arg(long)]
     list: bool,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Do a part of a measurement; only of use inside a lab PC.
+    #[command(subcommand, hide = true)]
+    Inside(Inside),
 }
 
 fn main() -> ExitCode {
@@ -31,7 +41,11 @@ fn main() -> ExitCode {
         suite::ALL.iter().flat_map(|suite| suite.specs).for_each(|spec| println!("{}", spec.name));
         return ExitCode::SUCCESS;
     }
-    match run(&arguments) {
+    let result = match &arguments.command {
+        Some(Command::Inside(part)) => inside::run(part),
+        None => run(&arguments),
+    };
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("bench: {error:#}");

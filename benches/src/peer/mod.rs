@@ -1,6 +1,7 @@
 //! What others do: programs of Debian's that do the same work.
 
 pub mod nbd;
+pub mod swap;
 
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicU16, Ordering};

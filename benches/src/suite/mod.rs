@@ -3,10 +3,12 @@
 pub mod boot;
 pub mod disk;
 pub mod floor;
+pub mod memory;
 pub mod start;
 pub mod transport;
 
 use crate::bench::Suite;
 
 /// All of them, in the order in which they run.
-pub const ALL: &[Suite] = &[floor::SUITE, transport::SUITE, disk::SUITE, start::SUITE, boot::SUITE];
+pub const ALL: &[Suite] =
+    &[floor::SUITE, transport::SUITE, disk::SUITE, memory::SUITE, start::SUITE, boot::SUITE];
