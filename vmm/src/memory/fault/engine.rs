@@ -116,7 +116,7 @@ impl Engine {
             let mailbox = Arc::new(Mailbox::new().map_err(Error::Start)?);
             let tally = Arc::new(Tally::default());
             let desk = Desk { mailbox: mailbox.clone(), tally: tally.clone(), thread: Mutex::new(None) };
-            let frames = Frames::new(userfault, engine.map.clone(), memory);
+            let frames = Frames::new(userfault, engine.map.clone(), memory).map_err(Error::Start)?;
             let post = Post { shard, shards, frames, source, mailbox, tally, limit };
             *lock(&desk.thread) = Some(run(post).map_err(Error::Start)?);
             engine.desks.push(desk);

@@ -7,11 +7,18 @@ use transport::buffer::Buffer;
 
 use super::handler::Handler;
 use super::ledger::Runs;
-use super::pages::{Event, Order, Place};
+use super::pages::{Action, Event, Order, Place};
 use super::{PAGE, Page};
 
-/// So many pages at most are chosen at once: what is done about them must not keep a fault waiting.
-const AT_ONCE: u64 = 32;
+/// So many pages are given up at once at most: what is done about them must not keep a fault waiting. More where
+/// memory is short.
+const AT_ONCE: (u64, u64) = (16, 128);
+
+/// So many runs of pages are looked at, likewise.
+const LOOKS: (u32, u32) = (1, 4);
+
+/// After so many rounds without success the search ends until something happens.
+const IN_VAIN: u32 = 64;
 
 /// So many pages that follow each other are stored at once.
 const STORE_AT_ONCE: u64 = 16;
@@ -21,53 +28,69 @@ const MOST_FREE: u64 = 16 << 10;
 
 impl Handler {
     /// So many pages should be free, or on their way out.
-    fn reserve(&self) -> u64 {
+    pub(super) fn reserve(&self) -> u64 {
         (self.limit / 8).clamp(8, MOST_FREE)
     }
 
-    /// Chooses pages to give up, as long as too few are free.
+    /// Gives some pages up, if too few are free.
     pub(super) fn make_room(&mut self) -> io::Result<()> {
+        self.unfinished = false;
         let reserve = self.reserve();
-        let soon = self.free() + self.ledger.census().storing;
-        let wanted = reserve.saturating_sub(soon);
-        // Few at a time are not worth the calls, unless few are all there are.
-        if wanted < AT_ONCE.min(reserve / 4) {
+        let wanted = reserve.saturating_sub(self.free() + self.ledger.census().storing);
+        if wanted == 0 || self.in_vain >= IN_VAIN {
             return Ok(());
         }
-        let mut victims = self.choose(wanted.min(AT_ONCE));
-        victims.sort_unstable();
-        self.give_up(&victims)
-    }
-
-    /// Pages to give up, at most so many.
-    fn choose(&mut self, wanted: u64) -> Vec<usize> {
-        let mut victims = Vec::with_capacity(wanted as usize);
-        for _ in 0..self.ledger.len() {
-            if victims.len() as u64 == wanted {
+        let short = self.free() < reserve / 2;
+        let (most, looks) = if short { (AT_ONCE.1, LOOKS.1) } else { (AT_ONCE.0, LOOKS.0) };
+        let now = wanted.min(most);
+        for _ in 0..looks {
+            if self.ageing.ready() as u64 >= now {
                 break;
             }
-            let state = self.ledger.state(self.hand);
-            if state.droppable() || state.storable() {
-                victims.push(self.hand);
-            }
-            self.hand = (self.hand + 1) % self.ledger.len().max(1);
+            self.look()?;
         }
-        victims
+        let mut victims = std::mem::take(&mut self.victims);
+        self.ageing.victims(now as usize, &mut victims);
+        self.in_vain = if victims.is_empty() { self.in_vain + 1 } else { 0 };
+        self.unfinished = wanted > victims.len() as u64;
+        victims.sort_unstable();
+        self.give_up(&victims)?;
+        victims.clear();
+        self.victims = victims;
+        Ok(())
+    }
+
+    /// Sees which pages of a run were touched since the last look.
+    fn look(&mut self) -> io::Result<()> {
+        let Some(run) = self.ageing.look() else { return Ok(()) };
+        let mapped = self.frames.look(self.ledger.page(run.start), run.len());
+        self.ageing.looked(run.clone(), |index| mapped >> (index - run.start) & 1 != 0);
+        for index in self.ageing.wasted() {
+            self.tally.wasted.add(1);
+            self.streams.unused(index as usize);
+        }
+        Ok(())
     }
 
     /// Drops what the source has, stores the rest.
     fn give_up(&mut self, victims: &[usize]) -> io::Result<()> {
         let mut runs = Runs::new();
         for index in victims {
-            let drop = self.ledger.state(*index).droppable();
-            if let Some(run) = runs.add(self.ledger.page(*index), drop) {
+            let state = self.ledger.state(*index);
+            let drop = state.droppable();
+            if !drop && !state.storable() {
+                continue;
+            }
+            // A run lies in one piece.
+            let piece = self.ledger.piece(*index);
+            if let Some(run) = runs.add(self.ledger.page(*index), (drop, piece)) {
                 self.give_up_run(run)?;
             }
         }
         runs.end().map_or(Ok(()), |run| self.give_up_run(run))
     }
 
-    fn give_up_run(&mut self, (first, count, drop): (Page, u64, bool)) -> io::Result<()> {
+    fn give_up_run(&mut self, (first, count, (drop, _)): (Page, u64, (bool, usize))) -> io::Result<()> {
         if drop {
             return self.drop_run(first, count);
         }
@@ -79,13 +102,19 @@ impl Handler {
 
     /// Takes pages out of memory that the source has.
     fn drop_run(&mut self, first: Page, count: u64) -> io::Result<()> {
+        let mut resident = false;
         for index in self.ledger.indices(first, count as u32).ok_or(io::ErrorKind::InvalidInput)? {
-            if self.ledger.apply(index, Event::Drop).order == Order::Forget {
+            let step = self.happen(index, Event::Drop);
+            if step.order == Order::Forget {
                 self.forget(self.ledger.page(index), 1);
+            }
+            match step.action {
+                Action::Unkeep => drop(self.unkeep(index)),
+                _ => resident = true,
             }
         }
         self.tally.dropped.add(count);
-        self.frames.punch(first, count)
+        if resident { self.frames.punch(first, count) } else { Ok(()) }
     }
 
     /// Sends copies of pages to the source. Whoever writes to one from now on makes it dirty again, and waits for
@@ -99,7 +128,7 @@ impl Handler {
             let page = first.plus(at);
             let index = self.ledger.index(page).ok_or(io::ErrorKind::InvalidInput)?;
             let blank = is_zero(bytes);
-            let step = self.ledger.apply(index, if blank { Event::Blank } else { Event::Saved });
+            let step = self.happen(index, if blank { Event::Blank } else { Event::Saved });
             match step.order {
                 Order::Store => stored.extend(runs.add(page, ())),
                 Order::Forget => self.forget(page, 1),
@@ -141,9 +170,18 @@ impl Handler {
 
     /// Drops one page that need not be stored, for a fault that waits; `false` if there is none.
     pub(super) fn drop_one(&mut self) -> io::Result<bool> {
-        let len = self.ledger.len();
-        let found =
-            (0..len).map(|at| (self.hand + at) % len).find(|index| self.ledger.state(*index).droppable());
+        let census = self.ledger.census();
+        let at_most: u64 =
+            [Place::Clean, Place::Blank, Place::Parked].map(|place| census.at(place)).iter().sum();
+        // Those that are being stored are dropped when they have been.
+        if at_most <= census.storing {
+            return Ok(false);
+        }
+        let mut victims = std::mem::take(&mut self.victims);
+        self.ageing.victims(16, &mut victims);
+        let droppable = |index: &usize| self.ledger.state(*index).droppable();
+        let found = victims.drain(..).find(droppable).or_else(|| (0..self.ledger.len()).find(droppable));
+        self.victims = victims;
         let Some(index) = found else { return Ok(false) };
         self.drop_run(self.ledger.page(index), 1)?;
         Ok(true)

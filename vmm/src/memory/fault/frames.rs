@@ -22,11 +22,14 @@ pub(super) struct Frames {
     map: Map,
     /// The file of guest RAM.
     memory: File,
+    /// `/proc/self/pagemap`.
+    mapped: File,
 }
 
 impl Frames {
-    pub(super) fn new(userfault: Userfault, map: Map, memory: File) -> Self {
-        Self { userfault, map, memory }
+    /// `memory` is the file of guest RAM. To be called before this process is confined.
+    pub(super) fn new(userfault: Userfault, map: Map, memory: File) -> io::Result<Self> {
+        Ok(Self { userfault, map, memory, mapped: File::open("/proc/self/pagemap")? })
     }
 
     /// As [`Userfault::read`].
@@ -97,6 +100,37 @@ impl Frames {
         let mut content = vec![0; count as usize * PAGE];
         self.memory.read_exact_at(&mut content, first.offset())?;
         Ok(content)
+    }
+
+    /// Which of at most 64 pages were touched since they were last looked at: bit 0 is the first. They are mapped
+    /// when they are touched, and unmapped here; their content and protection stay.
+    pub(super) fn look(&self, first: Page, count: usize) -> u64 {
+        let mut bits = 0;
+        let mut done = 0;
+        for (address, len) in self.map.stretches(first, count.min(64) as u64) {
+            let mut entries = [0_u8; 64 * 8];
+            let Some(entries) = entries.get_mut(..len / PAGE * 8) else { break };
+            if self.mapped.read_exact_at(entries, (address / PAGE * 8) as u64).is_err() {
+                break;
+            }
+            let entries =
+                entries.chunks_exact(8).map(|entry| entry.last().is_some_and(|high| high & 0x80 != 0));
+            let here = entries.enumerate().fold(0, |bits, (at, mapped)| bits | u64::from(mapped) << at);
+            if here != 0 {
+                let (low, high) = (here.trailing_zeros() as usize, 64 - here.leading_zeros() as usize);
+                self.unmap(address + low * PAGE, (high - low) * PAGE);
+            }
+            bits |= here << done;
+            done += len / PAGE;
+        }
+        bits
+    }
+
+    /// Takes a range of the guest's mapping out of it. If that fails, pages there count as touched.
+    fn unmap(&self, address: usize, len: usize) {
+        // SAFETY: `Map` names mappings of the memory's file only, where this takes nothing but page table entries
+        // away: whoever touches a page finds it in the file again.
+        unsafe { libc::madvise(address as *mut libc::c_void, len, libc::MADV_DONTNEED) };
     }
 
     /// Takes the pages out of memory, in every mapping.

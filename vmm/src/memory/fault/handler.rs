@@ -13,11 +13,13 @@ use std::time::{Duration, Instant};
 use transport::buffer::Buffer;
 use transport::ring::{Ring, Source as RingSource};
 
+use super::ageing::{Ageing, Arrival};
 use super::counters::Tally;
 use super::frames::Frames;
 use super::ledger::{Ledger, Runs};
 use super::mailbox::{Mailbox, Message};
-use super::pages::{Action, Event, Order, Place};
+use super::pages::{Action, Event, Order, Place, Step};
+use super::streams::Streams;
 use super::userfault::Fault;
 use super::{PAGE, Page, Shards};
 use crate::memory::store::{Done, Source, Urgency};
@@ -58,10 +60,20 @@ pub(super) struct Handler {
     pub(super) tally: Arc<Tally>,
     /// How many pages may be in memory.
     pub(super) limit: u64,
-    /// Where the search for pages to give up goes on.
-    pub(super) hand: usize,
+    pub(super) ageing: Ageing,
+    pub(super) streams: Streams,
+    /// Pages to give up.
+    pub(super) victims: Vec<usize>,
+    /// Rounds in which no page was found to give up, since something happened.
+    pub(super) in_vain: u32,
+    /// Pages fetched ahead that are to wait for their fault once they are here.
+    to_park: Vec<usize>,
+    /// Pages that do.
+    parked: Vec<(usize, Buffer)>,
     /// Something was asked of the source that its next tick should send.
     pub(super) asked: bool,
+    /// There are more pages to give up.
+    pub(super) unfinished: bool,
     /// There are faults to read.
     readable: bool,
     /// There is mail to take.
@@ -77,6 +89,12 @@ pub(super) struct Handler {
     zeros: (usize, usize),
 }
 
+/// At most so many pages wait for their fault.
+const PARKED: usize = 64;
+
+/// So many pages at most are fetched ahead in one request: the first of them should not wait for the last.
+const AHEAD_AT_ONCE: u64 = 64;
+
 /// At most so many pages of zeros are installed at once.
 const ZEROS_AT_ONCE: usize = 16;
 
@@ -88,6 +106,8 @@ impl Handler {
         source.attach(&mut ring)?;
         let own = ring.source();
         let ledger = Ledger::new(shards, shard);
+        let ageing = Ageing::new(ledger.len());
+        let streams = Streams::new(ledger.len(), shards.pieces().each());
         tally.pages.set(ledger.len() as u64);
         tally.limit.set(limit);
         let mut handler = Self {
@@ -99,8 +119,14 @@ impl Handler {
             frames,
             tally,
             limit,
-            hand: 0,
+            ageing,
+            streams,
+            victims: Vec::with_capacity(256),
+            in_vain: 0,
+            to_park: Vec::with_capacity(PARKED),
+            parked: Vec::with_capacity(PARKED),
             asked: false,
+            unfinished: false,
             readable: true,
             mail: true,
             now: Instant::now(),
@@ -154,7 +180,7 @@ impl Handler {
 
     /// Waits for whatever comes first.
     fn wait(&mut self, due: Option<Instant>) -> io::Result<()> {
-        let at_once = self.asked || self.readable || self.mail;
+        let at_once = self.asked || self.readable || self.mail || self.unfinished;
         let timeout = if at_once {
             Some(Duration::ZERO)
         } else {
@@ -162,6 +188,7 @@ impl Handler {
         };
         self.ring.wait(timeout)?;
         while let Some(completion) = self.ring.reap() {
+            self.in_vain = 0;
             if completion.token.source() != self.own {
                 self.source.complete(&mut self.ring, completion, &mut self.done);
                 continue;
@@ -189,7 +216,7 @@ impl Handler {
                 let page = self.frames.page(fault.address);
                 let index = page.and_then(|page| self.ledger.index(page));
                 let index = index.ok_or_else(|| io::Error::other("a fault came from somewhere else"))?;
-                self.fault(index, fault.write || fault.protected)?;
+                self.fault(index, fault.write || fault.protected, fault.thread)?;
             }
             self.faults = faults;
         }
@@ -201,8 +228,25 @@ impl Handler {
         self.limit.saturating_sub(self.ledger.census().here())
     }
 
-    /// A thread stands still for the page at `index`.
-    fn fault(&mut self, index: usize, write: bool) -> io::Result<()> {
+    /// What follows from `event` happening to the page at `index`.
+    pub(super) fn happen(&mut self, index: usize, event: Event) -> Step {
+        let before = self.ledger.state(index);
+        let step = self.ledger.apply(index, event);
+        let holds = |place: Place| place.resident() || place == Place::Parked;
+        match (holds(before.place()), holds(step.state.place())) {
+            (false, true) => {
+                let ahead = before.place() == Place::Fetching && !before.awaited();
+                self.ageing.installed(index, if ahead { Arrival::Ahead } else { Arrival::Fault });
+            }
+            (true, false) => self.ageing.gone(index),
+            (true, true) if matches!(event, Event::Fault { .. }) => self.ageing.accessed(index),
+            _ => {}
+        }
+        step
+    }
+
+    /// `thread` stands still for the page at `index`.
+    fn fault(&mut self, index: usize, write: bool, thread: u32) -> io::Result<()> {
         let before = self.ledger.state(index);
         if matches!(before.place(), Place::Zero | Place::Remote) && self.free() == 0 && !self.drop_one()? {
             self.tally.faults_that_waited_for_write.add(1);
@@ -210,20 +254,24 @@ impl Handler {
             return Ok(());
         }
         let page = self.ledger.page(index);
-        let step = self.ledger.apply(index, Event::Fault { write });
+        let step = self.happen(index, Event::Fault { write });
         match step.action {
             Action::Zero { protected } => {
                 self.tally.zero_faults.add(1);
                 let count = if protected { 1 } else { self.more_zeros(index) };
-                self.frames.zero(page, count, protected)?;
+                return self.frames.zero(page, count, protected);
             }
             Action::Unprotect => {
                 self.tally.write_faults.add(1);
-                self.frames.unprotect(page, 1)?;
+                return self.frames.unprotect(page, 1);
             }
             Action::Wake => {
                 self.tally.stale_faults.add(1);
-                self.frames.wake(page, 1)?;
+                return self.frames.wake(page, 1);
+            }
+            Action::Unpark { protected } => {
+                self.tally.parked_faults.add(1);
+                self.unpark(index, protected)?;
             }
             _ => {}
         }
@@ -238,7 +286,51 @@ impl Handler {
             self.source.fetch(page, 1, Urgency::Fault);
             self.asked = true;
         }
+        if before.place() != Place::Lost {
+            self.fetch_ahead(index, thread, step.order == Order::Fetch);
+        }
         Ok(())
+    }
+
+    /// After a fault at `index`, fetches what will probably be needed next. `missed`: nobody had asked for the page.
+    fn fetch_ahead(&mut self, index: usize, thread: u32, missed: bool) {
+        // The next faults find some memory free in any case.
+        let room = u32::try_from(self.free().saturating_sub(self.reserve() / 4)).unwrap_or(u32::MAX);
+        let ledger = &self.ledger;
+        let away = |other| if other == index { missed } else { ledger.state(other).place() == Place::Remote };
+        let ahead = self.streams.fault(index, thread, room, away);
+        for run in ahead.iter() {
+            let first = self.ledger.page(run.first);
+            for index in run.first..run.first + run.count as usize {
+                self.happen(index, Event::Ahead);
+            }
+            for at in (0..u64::from(run.count)).step_by(AHEAD_AT_ONCE as usize) {
+                let count = AHEAD_AT_ONCE.min(u64::from(run.count) - at) as u32;
+                self.source.fetch(first.plus(at), count, Urgency::Ahead);
+            }
+            self.tally.fetched_ahead.add(run.count.into());
+            self.asked = true;
+        }
+        // Of pages that come in time nobody would ever hear, and the stream would stop where they end. So the first
+        // one is to tell.
+        if let Some(run) = ahead.first()
+            && self.to_park.len() + self.parked.len() < PARKED
+        {
+            let backwards = run.first < index;
+            self.to_park.push(if backwards { run.first + run.count as usize - 1 } else { run.first });
+        }
+    }
+
+    /// Installs a page that was fetched ahead and is wanted now.
+    fn unpark(&mut self, index: usize, protected: bool) -> io::Result<()> {
+        let content = self.unkeep(index).ok_or_else(|| io::Error::other("a parked page is gone"))?;
+        self.frames.install(self.ledger.page(index), 1, &content, protected)
+    }
+
+    /// Takes back the content of a page that was parked.
+    pub(super) fn unkeep(&mut self, index: usize) -> Option<Buffer> {
+        let at = self.parked.iter().position(|(parked, _)| *parked == index)?;
+        Some(self.parked.swap_remove(at).1)
     }
 
     /// How many pages of zeros to install at `index`, which is dirty already: several where they are written to one
@@ -250,7 +342,7 @@ impl Handler {
         let most = self.ledger.run(index, window.min(spare.max(1)));
         let mut count = 1;
         while count < most && self.ledger.state(index + count).untouched() {
-            self.ledger.apply(index + count, Event::Fault { write: true });
+            self.happen(index + count, Event::Fault { write: true });
             count += 1;
         }
         self.zeros = (index + count, window);
@@ -283,7 +375,15 @@ impl Handler {
         let mut runs = Runs::new();
         for index in self.indices(first, count)? {
             let page = self.ledger.page(index);
-            let step = self.ledger.apply(index, Event::Fetched { park: false });
+            let park = self.to_park.iter().position(|other| *other == index);
+            let park = park.map(|at| self.to_park.swap_remove(at)).is_some();
+            let step = self.happen(index, Event::Fetched { park });
+            if step.action == Action::Park {
+                let skip = (page.0 - first.0) as usize * PAGE;
+                let part = content.slice(skip, PAGE).ok_or(io::ErrorKind::InvalidData)?;
+                // A copy, so that one page does not keep the memory of many.
+                self.parked.push((index, Buffer::from_vec(part.to_vec())));
+            }
             if step.order == Order::Forget {
                 self.forget(page, 1);
             }
@@ -323,7 +423,7 @@ impl Handler {
         let mut runs = Runs::new();
         for index in self.indices(first, count)? {
             let page = self.ledger.page(index);
-            if self.ledger.apply(index, Event::Stored).order == Order::Forget
+            if self.happen(index, Event::Stored).order == Order::Forget
                 && let Some((first, count, ())) = runs.add(page, ())
             {
                 self.forget(first, count);
@@ -339,8 +439,11 @@ impl Handler {
     fn lost(&mut self, first: Page, count: u32, why: String) -> io::Result<()> {
         let mut guest_ends = false;
         for index in self.indices(first, count)? {
-            let step = self.ledger.apply(index, Event::Lost);
+            let step = self.happen(index, Event::Lost);
             guest_ends |= step.action == Action::Report;
+            if let Action::Unpark { protected } = step.action {
+                self.unpark(index, protected)?;
+            }
         }
         if guest_ends {
             self.tally.lost_why.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(why);
@@ -357,7 +460,7 @@ impl Handler {
     fn feed_starved(&mut self) -> io::Result<()> {
         while !self.starved.is_empty() && (self.free() > 0 || self.drop_one()?) {
             let (index, write) = self.starved.swap_remove(0);
-            self.fault(index, write)?;
+            self.fault(index, write, 0)?;
         }
         Ok(())
     }
@@ -393,8 +496,9 @@ impl Handler {
         let mut forgotten = Runs::new();
         for index in self.indices(first, count)? {
             let page = self.ledger.page(index);
-            let step = self.ledger.apply(index, Event::Discard);
+            let step = self.happen(index, Event::Discard);
             match step.action {
+                Action::Unkeep => drop(self.unkeep(index)),
                 Action::Punch => {
                     freed += 1;
                     punched = Some((punched.map_or(page, |(first, _)| first), page));

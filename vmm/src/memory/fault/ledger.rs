@@ -58,6 +58,11 @@ impl Ledger {
         step
     }
 
+    /// Which of the shard's pieces the page at `index` is in.
+    pub(super) fn piece(&self, index: usize) -> usize {
+        index / self.shards.pieces().each() as usize
+    }
+
     /// The indices of `count` pages from `first` on, which must all be this handler's and of one piece.
     pub(super) fn indices(&self, first: Page, count: u32) -> Option<std::ops::Range<usize>> {
         let whole = self.shards.pieces().run(first, count.into()) == u64::from(count);
