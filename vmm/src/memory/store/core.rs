@@ -22,7 +22,7 @@ use super::moves::Fill;
 use super::placement::Keepers;
 use super::protocol::MAX_RANGES;
 use super::{Done, Urgency};
-use crate::memory::fault::{Page, Piece, Shards};
+use crate::memory::fault::{PAGE, Page, Piece, Shards};
 
 /// How long to wait before a place that refused is asked again.
 pub(super) const AGAIN: Duration = Duration::from_millis(200);
@@ -58,7 +58,10 @@ pub(super) struct Place {
     pub(super) latency: u64,
     /// What it is asked next, in this order.
     pub(super) asks: Vec<Ask>,
-    forgets: SmallVec<[Range<u64>; 4]>,
+    /// The flights that change something there, in the order in which they must: one that overlaps an earlier one is
+    /// not sent before that is answered. So nothing old is carried out late, even if it is sent again.
+    pub(super) writes: Vec<usize>,
+    pub(super) forgets: SmallVec<[Range<u64>; 4]>,
     /// Pieces whose content it is to forget before it may have them again.
     pub(super) cleanups: Vec<usize>,
     /// Its memory is to be given back, at once.
@@ -96,6 +99,10 @@ pub(super) struct Flight {
     pub(super) serial: u32,
     pub(super) what: Asked,
     pub(super) begun: Instant,
+    /// What it changes at the place, along the RAM file; nothing if it reads.
+    pub(super) ranges: SmallVec<[Range<u64>; 4]>,
+    /// Not sent yet: something that it overlaps was asked earlier and has no answer.
+    waits: Option<What>,
 }
 
 pub(super) enum Asked {
@@ -178,6 +185,7 @@ impl Core {
             used: 0,
             latency: FIRST_LATENCY,
             asks: Vec::new(),
+            writes: Vec::new(),
             forgets: SmallVec::new(),
             cleanups: Vec::new(),
             leave: false,
@@ -263,6 +271,7 @@ impl Core {
         self.away(place, why.to_owned(), now);
         let at = &mut self.places[place];
         at.asks.clear();
+        at.writes.clear();
         at.forgets.clear();
         at.cleanups.clear();
         let mut bereft = self.take_flights(place, None);
@@ -297,6 +306,7 @@ impl Core {
     pub(super) fn tell_lost(&mut self, piece: usize, why: &str) -> u64 {
         let mut lost = 0;
         for run in self.pieces[piece].take_lost() {
+            self.outdate(piece, &run);
             let (first, count) = (self.page(piece, run.start), run.len() as u32);
             lost += u64::from(count);
             self.done.push(Done::Lost { first, count, why: why.to_owned() });
@@ -354,11 +364,49 @@ impl Core {
         }
         self.serial = self.serial.wrapping_add(1);
         let serial = self.serial;
-        let index = self.flights.insert(Flight { op, place, serial, what: asked, begun: now });
+        let ranges = match &what {
+            What::Fetch { .. } => SmallVec::new(),
+            What::Store { first, content } => {
+                SmallVec::from_elem(*first..*first + (content.len() / PAGE) as u64, 1)
+            }
+            What::Forget { ranges } => ranges.clone(),
+        };
+        let earlier = &self.places[place].writes;
+        let blocked = earlier.iter().any(|other| overlap(&self.flights[*other].ranges, &ranges));
+        let writes = !ranges.is_empty();
+        let (now_or_later, waits) = if blocked { (None, Some(what)) } else { (Some(what), None) };
+        let flight = Flight { op, place, serial, what: asked, begun: now, ranges, waits };
+        let index = self.flights.insert(flight);
         if let Some(op) = op {
             self.ops[op].flights.push(index);
         }
-        self.places[place].asks.push(Ask { tag: tag(index, serial), what });
+        let at = &mut self.places[place];
+        if writes {
+            at.writes.push(index);
+        }
+        at.asks.extend(now_or_later.map(|what| Ask { tag: tag(index, serial), what }));
+    }
+
+    /// Sends what waited for something that is answered now.
+    pub(super) fn send_waiting(&mut self, place: usize, now: Instant) {
+        let mut at = 0;
+        while let Some(index) = self.places[place].writes.get(at).copied() {
+            let earlier = &self.places[place].writes[..at];
+            let flight = &self.flights[index];
+            let free = || !earlier.iter().any(|other| overlap(&self.flights[*other].ranges, &flight.ranges));
+            if flight.waits.is_none() || !free() {
+                at += 1;
+            } else if flight.op.is_none() && matches!(flight.what, Asked::Store) {
+                // Nobody wants it any more, and it was never sent.
+                self.places[place].writes.remove(at);
+                self.flights.remove(index);
+            } else if let Some(flight) = self.flights.get_mut(index) {
+                flight.begun = now;
+                let what = flight.waits.take();
+                let tag = tag(index, flight.serial);
+                self.places[place].asks.extend(what.map(|what| Ask { tag, what }));
+            }
+        }
     }
 
     /// The flight with this tag, if `place` has not answered it yet.
@@ -385,6 +433,10 @@ impl Core {
             self.ask(place, None, Asked::Forget, What::Forget { ranges }, now);
         }
     }
+}
+
+fn overlap(some: &[Range<u64>], others: &[Range<u64>]) -> bool {
+    some.iter().any(|one| others.iter().any(|other| one.start < other.end && other.start < one.end))
 }
 
 /// Under which a place is asked.

@@ -15,6 +15,8 @@ mod copies;
 mod core;
 mod file;
 mod health;
+#[cfg(test)]
+mod model_test;
 mod moves;
 mod placement;
 pub mod protocol;

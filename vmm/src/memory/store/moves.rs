@@ -254,6 +254,8 @@ impl Core {
         }
         let at = &mut self.places[place];
         at.asks.clear();
+        at.writes.clear();
+        at.forgets.clear();
         at.cleanups.clear();
         (at.left, at.leave, at.serving) = (true, true, false);
         let why = "everything was moved to others".to_owned();

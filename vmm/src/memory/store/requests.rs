@@ -9,7 +9,7 @@ use transport::buffer::Buffer;
 
 use super::ask::{Outcome, What};
 use super::copies::{Good, Role};
-use super::core::{AGAIN, Asked, Core, Kind, Op, tag};
+use super::core::{AGAIN, Asked, Core, Flight, Kind, Op, tag};
 use super::{Done, Urgency};
 use crate::memory::fault::{PAGE, Page};
 
@@ -37,6 +37,7 @@ impl Core {
                     self.ask_fetch(op, place, urgency, now);
                 }
                 None => {
+                    self.outdate(piece, &run);
                     let held = self.pieces[piece].forget(run.clone(), |_, _| {}).is_some();
                     let (first, count) = (self.page(piece, run.start), run.len() as u32);
                     if held {
@@ -133,7 +134,7 @@ impl Core {
     }
 
     /// What is being copied of `pages` is not their content any more.
-    fn outdate(&mut self, piece: usize, pages: &Range<u32>) {
+    pub(super) fn outdate(&mut self, piece: usize, pages: &Range<u32>) {
         if self.copying == 0 {
             return;
         }
@@ -156,7 +157,7 @@ impl Core {
         match (&flight.what, outcome) {
             (Asked::Fetch, Outcome::Fetched(content)) => {
                 let took = now.saturating_duration_since(flight.begun);
-                self.land(index);
+                self.land(index, now);
                 if let Some(op) = op {
                     let pages = self.ops[op].pages.len();
                     if content.len() != pages * PAGE {
@@ -172,26 +173,26 @@ impl Core {
                 }
             }
             (Asked::Fetch, Outcome::Absent(page)) => {
-                self.land(index);
+                self.land(index, now);
                 if let Some(op) = op {
                     self.absent(op, place, page, now);
                 }
             }
             (Asked::Store, Outcome::Done) => {
-                self.land(index);
+                self.land(index, now);
                 if let Some(op) = op {
                     self.stored(op, place, now);
                 }
             }
             (Asked::Cleanup(_), Outcome::Done) => {
-                if let Asked::Cleanup(pieces) = self.flights.remove(index).what {
+                if let Asked::Cleanup(pieces) = self.land(index, now).what {
                     pieces.into_iter().for_each(|piece| self.cleaned(piece, place));
                 }
             }
-            (Asked::Forget, _) => self.land(index),
+            (Asked::Forget, Outcome::Done) => drop(self.land(index, now)),
             (_, outcome) => {
-                if op.is_none() && !matches!(flight.what, Asked::Cleanup(_)) {
-                    return self.land(index);
+                if op.is_none() && !matches!(flight.what, Asked::Cleanup(_) | Asked::Forget) {
+                    return drop(self.land(index, now));
                 }
                 if let Outcome::Refused(why) = outcome {
                     tracing::debug!(place, why, "A place refuses; it is asked again");
@@ -203,12 +204,17 @@ impl Core {
         }
     }
 
-    /// A flight is over.
-    fn land(&mut self, index: usize) {
+    /// A flight is over; what waited for it at its place goes out.
+    fn land(&mut self, index: usize, now: Instant) -> Flight {
         let flight = self.flights.remove(index);
         if let Some(op) = flight.op {
             self.ops[op].flights.retain(|other| *other != index);
         }
+        if !flight.ranges.is_empty() {
+            self.places[flight.place].writes.retain(|other| *other != index);
+            self.send_waiting(flight.place, now);
+        }
+        flight
     }
 
     /// A fetch, or the reading half of a copying, has its content.
@@ -359,10 +365,7 @@ impl Core {
         let flight = &self.flights[index];
         let place = flight.place;
         let what = match (&flight.what, flight.op) {
-            (Asked::Cleanup(pieces), _) => {
-                let ranges = pieces.clone().into_iter().map(|piece| self.range(piece)).collect();
-                Some(What::Forget { ranges })
-            }
+            (Asked::Forget | Asked::Cleanup(_), _) => Some(What::Forget { ranges: flight.ranges.clone() }),
             (Asked::Fetch, Some(op)) => {
                 let Op { piece, pages, kind, .. } = &self.ops[op];
                 let (first, count) = (self.page(*piece, pages.start).0, pages.len() as u32);
@@ -376,7 +379,7 @@ impl Core {
             Some(what) => self.places[place].asks.push(super::ask::Ask { tag: tag(index, serial), what }),
             None => {
                 let op = self.flights[index].op;
-                self.land(index);
+                self.land(index, now);
                 if let Some(op) = op {
                     self.bereft(op, "it was outdated", now);
                 }
