@@ -525,7 +525,7 @@ fn histories(policy: Policy, fate: Fate, seeds: std::ops::Range<u64>) -> (u64, u
 #[test]
 fn without_copies_no_page_is_stale_and_only_what_is_gone_is_called_lost() {
     let (losses, lost, drained, copied) = histories(Policy::None, Fate::Any, 1..50);
-    assert!(losses > 100 && lost > 200 && drained > 50 && copied > 500, "{losses} {lost} {drained} {copied}");
+    assert!(losses > 100 && lost > 200 && drained > 50 && copied > 200, "{losses} {lost} {drained} {copied}");
 }
 
 #[test]
