@@ -563,14 +563,17 @@ fn the_numbers_of_memory_are_served_to_prometheus_and_shown_by_the_command_line(
 #[test]
 fn what_is_stored_is_locked_into_ram_where_the_configuration_says_so() {
     // Small enough for whoever may lock little.
-    let agent = Agent::start("[memory]\nsize = '2M'\n");
+    let mut agent = Agent::start("[memory]\nsize = '2M'\n");
+    agent.end(Signal::SIGTERM);
+    agent.systemd = Some(Systemd::start(agent.folder.path()));
+    agent.run();
     let mut client = client(&agent);
     let asked = Take { pages: 300, ..want(1, 200) };
     let taken = take(&mut client, &asked).unwrap_or_else(|(_, refusal)| panic!("{}", refusal.text));
     let lease = Lease { epoch: taken.epoch, holder: 1 };
     let mut guest = Guest { client, lease, instance: taken.instance, taken };
     guest.open().expect("it opens");
-    let locked = || {
+    let locked = |agent: &Agent| {
         let maps = std::fs::read_to_string(format!("/proc/{}/smaps", agent.pid())).expect("readable");
         let memory = maps.split("\n").skip_while(|line| !line.contains("memfd:omega-memory"));
         let locked = memory.skip(1).take_while(|line| !line.contains("-") || line.contains(':'));
@@ -579,9 +582,13 @@ fn what_is_stored_is_locked_into_ram_where_the_configuration_says_so() {
     };
     assert!(lending(&agent).locked);
     guest.store(10, content(10, 150, 1));
-    assert!((600..800).contains(&locked()), "{} KiB", locked());
+    assert!((600..800).contains(&locked(&agent)), "{} KiB", locked(&agent));
+    agent.restart();
+    assert!((600..800).contains(&locked(&agent)), "{} KiB", locked(&agent));
+    guest.client = crate::client(&agent);
+    guest.open().expect("the lease goes on");
     guest.forget(&[(10, 140)]);
-    assert!(locked() < 200, "{} KiB", locked());
+    assert!(locked(&agent) < 200, "{} KiB", locked(&agent));
     assert!(guest.fetch(150, 10) == content(150, 10, 1));
 }
 

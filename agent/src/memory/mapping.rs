@@ -6,8 +6,8 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, LazyLock};
 
 use nix::fcntl::{FallocateFlags, FcntlArg, SealFlag, fallocate, fcntl};
 use nix::libc;
@@ -16,6 +16,14 @@ use transport::buffer::Buffer;
 
 /// Nobody can change the length any more, so no access to the mapping can fail for that.
 const SEALS: SealFlag = SealFlag::F_SEAL_SHRINK.union(SealFlag::F_SEAL_GROW).union(SealFlag::F_SEAL_SEAL);
+
+/// Whether this PC makes huge pages of files in RAM that nobody asked for them: a write of one page would take the
+/// memory of 512. A page that is there before the write stays as it is, and a fault of this mapping makes small ones.
+static HUGE: LazyLock<bool> = LazyLock::new(|| {
+    let chosen =
+        std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/shmem_enabled").unwrap_or_default();
+    ["[always]", "[within_size]", "[force]"].iter().any(|mode| chosen.contains(mode))
+});
 
 /// A memfd of fixed length and its mapping, which is not cleared by dropping it: the file goes with its last
 /// descriptor, wherever that is.
@@ -105,14 +113,22 @@ impl Mapping {
         Ok(self.file.metadata()?.blocks() * 512)
     }
 
+    /// Where the range is in this process.
+    ///
+    /// # Panics
+    /// It does not lie in the file: a mistake of the caller's, who has checked what a peer said.
+    fn at(&self, offset: u64, len: u64) -> *mut libc::c_void {
+        assert!(offset.checked_add(len).is_some_and(|end| end <= self.len as u64), "inside the file");
+        self.base.wrapping_byte_add(offset as usize)
+    }
+
     /// `count` numbers at `offset`, a multiple of 8.
     ///
     /// # Panics
-    /// They do not lie in the file: a mistake of the caller's, whose numbers are not a peer's.
+    /// They do not lie in the file: a mistake of the caller's.
     pub(super) fn words(&self, offset: u64, count: usize) -> &[AtomicU64] {
-        let end = offset.checked_add(8 * count as u64);
-        assert!(offset.is_multiple_of(8) && end.is_some_and(|end| end <= self.len as u64), "inside the file");
-        let start = self.base.wrapping_byte_add(offset as usize).cast::<AtomicU64>();
+        assert!(offset.is_multiple_of(8), "aligned");
+        let start = self.at(offset, 8 * count as u64).cast::<AtomicU64>();
         // SAFETY: the range lies in the mapping, which lives as long as `self` and whose file cannot shrink; it is
         // aligned, every value is valid, and these words are only accessed atomically in here.
         unsafe { std::slice::from_raw_parts(start, count) }
@@ -127,10 +143,7 @@ impl Mapping {
         offset: u64,
         len: u64,
     ) -> Buffer {
-        let mapping = (*owner).as_ref();
-        let end = offset.checked_add(len);
-        assert!(end.is_some_and(|end| end <= mapping.len as u64), "inside the file");
-        let iov_base = mapping.base.wrapping_byte_add(offset as usize);
+        let iov_base = (*owner).as_ref().at(offset, len);
         let segment = libc::iovec { iov_base, iov_len: len as usize };
         // SAFETY: the range lies in the mapping, which `owner` keeps, and the file cannot shrink.
         unsafe { Buffer::from_iovecs(owner, &[segment]) }
@@ -141,6 +154,9 @@ impl Mapping {
     /// # Errors
     /// No memory is left. Some of it may have been written.
     pub(super) fn write(&self, offset: u64, content: &Buffer) -> io::Result<()> {
+        if *HUGE {
+            self.make_small(offset, content.len() as u64);
+        }
         let mut done = 0;
         while done < content.len() {
             let left = content.slice(done, content.len() - done).unwrap_or_default();
@@ -165,11 +181,17 @@ impl Mapping {
         Ok(())
     }
 
+    /// Makes the pages of a range, by faults. Where that fails, whoever writes there will see why.
+    fn make_small(&self, offset: u64, len: u64) {
+        let start = self.at(offset, len);
+        // SAFETY: the range lies in the mapping; its pages are only made present.
+        unsafe { libc::madvise(start, len as usize, libc::MADV_POPULATE_WRITE) };
+    }
+
     /// Enters what was just written into the page tables, so that a fetch finds it without a fault and the lock
     /// holds it.
     pub(super) fn settle(&self, offset: u64, len: u64) {
-        debug_assert!(offset + len <= self.len as u64);
-        let start = self.base.wrapping_byte_add(offset as usize);
+        let start = self.at(offset, len);
         // SAFETY: the range lies in the mapping; its pages are only made present.
         let done = unsafe { libc::madvise(start, len as usize, libc::MADV_POPULATE_READ) };
         if done != 0 {
@@ -197,6 +219,9 @@ impl Mapping {
     /// # Errors
     /// There is none.
     pub(super) fn reserve(&self, offset: u64, len: u64) -> io::Result<()> {
+        if *HUGE {
+            self.make_small(offset, len);
+        }
         let (offset, len) = (libc::off_t::try_from(offset), libc::off_t::try_from(len));
         let wrong = |_| io::ErrorKind::InvalidInput;
         Ok(fallocate(&self.file, FallocateFlags::empty(), offset.map_err(wrong)?, len.map_err(wrong)?)?)

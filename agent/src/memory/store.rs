@@ -133,13 +133,13 @@ impl Store {
         // The quota was at least this when they were stored.
         let quota = head.quota().max(used).min(record.pages).min(super::usage::MOST);
         let store = Self::new(mapping, layout, Usage::new(used, quota), locked)?;
-        store.take_over()?;
+        store.take_over(locked)?;
         Ok(Some((record, store)))
     }
 
     /// Knows again what the bits say, and gives back what else the file holds: pages that were being stored or
-    /// forgotten when the process ended.
-    fn take_over(&self) -> io::Result<()> {
+    /// forgotten when the process ended. `locked`: what is held is locked from here on.
+    fn take_over(&self, locked: bool) -> io::Result<()> {
         let counted = self.usage.used() * PAGE + self.layout.len() - self.layout.bits();
         let leaks = self.mapping.taken()? > counted;
         for range in by_part(&(0..self.layout.pages)) {
@@ -155,8 +155,23 @@ impl Store {
             if leaks && unheld < range.end {
                 self.punch(&(unheld..range.end))?;
             }
+            if let Some(states) = part.states.as_deref().filter(|_| locked) {
+                self.settle_held(range.start, states);
+            }
         }
         Ok(())
+    }
+
+    /// Enters the pages that are held into the page tables: `states` are those of a part that begins at `start`.
+    fn settle_held(&self, start: u64, states: &[u8]) {
+        let mut at = start;
+        for run in states.chunk_by(|a, b| a & HELD == b & HELD) {
+            let len = run.len() as u64;
+            if run[0] & HELD != 0 {
+                self.mapping.settle(at * PAGE, len * PAGE);
+            }
+            at += len;
+        }
     }
 
     /// The file, for who is to keep it.
