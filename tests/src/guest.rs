@@ -1,15 +1,29 @@
 //! A guest under `omega run` on a lab PC.
 
 use std::fmt::Write as _;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
 use crate::pc::Pc;
-use crate::runner::{Output, Process};
+use crate::runner::{Output, Process, Runner};
 
 /// How long a guest may take for anything: KVM under emulation on a busy machine is slow, not broken.
 pub const PATIENCE: Duration = Duration::from_secs(300);
+
+/// How long to look for the reason when a guest does not do what is expected.
+const EXPLAINED_WITHIN: Duration = Duration::from_secs(60);
+/// Prints what may be the reason: what the guest's process does, thread by thread, its connections, and what the PC's
+/// kernel says.
+const EXPLAIN: &str = "cat /proc/loadavg
+timeout 10 omega status NAME
+pid=$(pgrep -f 'omega run .*/NAME.toml' | head -n 1)
+for task in /proc/$pid/task/*; do
+    echo \"$(cat $task/comm): $(cut -d' ' -f3,14,15 $task/stat) $(cat $task/wchan) $(grep -h ctxt $task/status | tr -d '\\n')\"
+done
+ss -tnoi
+dmesg | tail -n 12";
 
 /// A guest that is being described: its `guest.toml`, as text.
 #[derive(Clone, Debug)]
@@ -120,7 +134,7 @@ impl Guest {
         pc.put_bytes(self.toml().as_bytes(), &path, 0o644)?;
         let process = pc.spawn(&format!("exec omega run {} {path}", self.options))?;
         process.tee(pc.log_file(&format!("{}.guest", self.name))?);
-        Ok(Running { name: self.name.clone(), process })
+        Ok(Running { name: self.name.clone(), process, runner: pc.connections()?.0 })
     }
 
     /// Starts it and waits until `omega run` ends, whatever it ends with.
@@ -133,6 +147,8 @@ impl Guest {
 pub struct Running {
     name: String,
     process: Process,
+    /// Its PC.
+    runner: Arc<Runner>,
 }
 
 impl Running {
@@ -143,12 +159,35 @@ impl Running {
 
     /// Waits until this appears on its console, after what was expected before.
     pub fn expect(&self, text: &str) -> Result<String> {
-        self.process.expect(text, PATIENCE)
+        self.expect_for(text, PATIENCE)
+    }
+
+    /// As [`Self::expect`], with a patience of its own.
+    pub fn expect_for(&self, text: &str, patience: Duration) -> Result<String> {
+        self.explained(self.process.expect(text, patience))
     }
 
     /// Waits until one of these appears; says which.
     pub fn expect_any(&self, texts: &[&str]) -> Result<(usize, String)> {
-        self.process.expect_any(texts, PATIENCE)
+        self.explained(self.process.expect_any(texts, PATIENCE))
+    }
+
+    /// Waits until `omega run` has said this in its log.
+    pub fn says(&self, text: &str) -> Result<()> {
+        self.explained(self.process.expect_error(text, PATIENCE))
+    }
+
+    /// Adds to an error what the guest and its PC look like at that moment, if the guest has not ended.
+    fn explained<T>(&self, result: Result<T>) -> Result<T> {
+        result.map_err(|error| {
+            if self.ended() {
+                return error;
+            }
+            let script = EXPLAIN.replace("NAME", &self.name);
+            let found = self.runner.spawn(&script).and_then(|process| process.wait(EXPLAINED_WITHIN));
+            let found = found.map_or_else(|error| format!("{error:#}"), |output| output.all());
+            anyhow::anyhow!("{error:#}\nIts PC then:\n{found}")
+        })
     }
 
     /// Types on its console.
@@ -176,9 +215,9 @@ impl Running {
     pub fn shell_for(&self, command: &str, patience: Duration) -> Result<String> {
         // The marks are computed, so that an echo of the command is not taken for them.
         self.types(&format!("echo begin-$((6*7)); {command}\necho end-$((6*7))-$?\n"))?;
-        self.process.expect("begin-42", patience)?;
-        let output = self.process.expect("end-42-", patience)?;
-        let code = self.process.expect("\n", patience)?;
+        self.expect_for("begin-42", patience)?;
+        let output = self.expect_for("end-42-", patience)?;
+        let code = self.expect_for("\n", patience)?;
         let output = output.trim_end_matches("end-42-").replace('\r', "").trim().to_owned();
         match code.trim() {
             "0" => Ok(output),

@@ -239,8 +239,10 @@ impl Process {
                     None => format!("{} s passed", patience.as_secs()),
                 };
                 bail!(
-                    "`{}`: waiting for {what}, {how}; its output ends with:\n{}",
+                    "`{}`: waiting for {what}, {how}; its last lines are `{}` and `{}`; its output ends with:\n{}",
                     self.command,
+                    last_line(&state.stdout),
+                    last_line(&state.stderr),
                     tail(&state)
                 );
             }
@@ -267,6 +269,13 @@ impl Process {
             let output = String::from_utf8_lossy(&new[..at]).into_owned();
             state.seen += at;
             Some((which, output))
+        })
+    }
+
+    /// Waits until `text` is in its standard error, wherever.
+    pub fn expect_error(&self, text: &str, patience: Duration) -> Result<()> {
+        self.wait_for(patience, &format!("`{text}` in its standard error"), |state| {
+            find(&state.stderr, text.as_bytes()).map(drop)
         })
     }
 
@@ -301,6 +310,12 @@ impl Process {
 
 fn find(bytes: &[u8], text: &[u8]) -> Option<usize> {
     bytes.windows(text.len()).position(|window| window == text)
+}
+
+/// Where an error's text is cut off, its first line is what is left.
+fn last_line(bytes: &[u8]) -> String {
+    let text = String::from_utf8_lossy(&bytes[bytes.len().saturating_sub(1000)..]).into_owned();
+    text.trim_end().rsplit(['\n', '\r']).next().unwrap_or_default().to_owned()
 }
 
 fn tail(state: &State) -> String {

@@ -57,6 +57,11 @@ fn patience_that_ends_is_an_io_error() -> Result<()> {
     guest.expect("omega-mini: waiting for the power button")?;
     scene.lan.cut("helper");
     guest.signal(libc::SIGTERM)?;
+    // Step by step, so that a failure says which one did not come.
+    guest.says("Pressed the guest's power button")?;
+    guest.expect("omega-mini: ok: the power button was pressed")?;
+    guest.says("The connection was lost")?;
+    guest.says("The agent is away")?;
     guest.expect("omega-mini: failed: write")?;
     scene.lan.heal("helper");
     let output = guest.wait()?;
