@@ -41,5 +41,5 @@ pub use guest::Guest;
 pub use lab::Lab;
 pub use network::Network;
 pub use pc::Pc;
-pub use runner::{Output, Process};
+pub use runner::{Output, Process, Silence};
 pub use scene::Scene;

@@ -1,6 +1,7 @@
 //! Commands in a PC, as the lab sees them.
 
 use std::collections::HashMap;
+use std::fmt;
 use std::io::{self, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
@@ -176,6 +177,18 @@ fn dispatch(commands: &Commands, frame: &Frame) {
     command.changed.notify_all();
 }
 
+/// A command neither did what was waited for nor ended.
+#[derive(Debug)]
+pub struct Silence(String);
+
+impl fmt::Display for Silence {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Silence {}
+
 /// A command that runs in a PC. Dropping it leaves the command alone.
 pub struct Process {
     command: String,
@@ -233,18 +246,22 @@ impl Process {
             let end = state.end.clone();
             let left = deadline.saturating_duration_since(Instant::now());
             if end.is_some() || left.is_zero() {
-                let how = match end {
+                let how = match &end {
                     Some(Ok(code)) => format!("it ended with {code}"),
-                    Some(Err(why)) => why,
+                    Some(Err(why)) => why.clone(),
                     None => format!("{} s passed", patience.as_secs()),
                 };
-                bail!(
-                    "`{}`: waiting for {what}, {how}; its last lines are `{}` and `{}`; its output ends with:\n{}",
+                let (last, last_error) = (last_line(&state.stdout), last_line(&state.stderr));
+                let text = format!(
+                    "`{}`: waiting for {what}, {how}; its last lines are `{last}` and `{last_error}`; \
+                     its output ends with:\n{}",
                     self.command,
-                    last_line(&state.stdout),
-                    last_line(&state.stderr),
                     tail(&state)
                 );
+                if end.is_none() {
+                    return Err(Silence(text).into());
+                }
+                bail!("{text}");
             }
             state = self.shared.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
         }

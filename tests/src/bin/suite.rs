@@ -58,6 +58,8 @@ struct Reader {
     passed: Vec<String>,
     failed: Vec<String>,
     skipped: Vec<(String, String)>,
+    /// Tests that fell silent and were run once more, and how.
+    repeated: Vec<String>,
     /// The test program that runs, as cargo names it.
     program: String,
     /// The test whose captured output is being shown.
@@ -82,6 +84,8 @@ impl Reader {
                 }
                 _ => {}
             }
+        } else if let Some(silent) = line.strip_prefix("silent: ") {
+            self.repeated.push(silent.to_owned());
         } else if let Some(why) = line.trim_start().strip_prefix("cannot run:") {
             let test = self.shown.clone().unwrap_or_default();
             self.skip(&test, why.trim());
@@ -155,6 +159,7 @@ fn main() -> ExitCode {
     let mut tallies: BTreeMap<Kind, Tally> = BTreeMap::new();
     let mut skips = Vec::new();
     let mut failures = Vec::new();
+    let mut repeated = Vec::new();
     let mut broken = false;
     for (title, group, selection, options) in groups {
         if !only.is_empty() && !only.iter().any(|word| title.contains(word.as_str())) {
@@ -182,6 +187,7 @@ fn main() -> ExitCode {
             tallies.entry(Kind::of(test, group)).or_default().failed += 1;
             failures.push(test.clone());
         }
+        repeated.extend(reader.repeated);
         for (test, why) in reader.skipped {
             tallies.entry(Kind::of(&test, group)).or_default().skipped += 1;
             skips.push((test, why));
@@ -198,6 +204,9 @@ fn main() -> ExitCode {
     }
     for (test, why) in &skips {
         println!("could not run: {test}: {why}");
+    }
+    for test in &repeated {
+        println!("run twice: {test}");
     }
     for test in &failures {
         println!("failed: {test}");
@@ -229,12 +238,14 @@ mod tests {
             "cannot run: there is no /dev/kvm",
             "cannot run: said twice",
             "     Running tests/run.rs (target/debug/deps/run-2)",
+            "silent: c: nothing moved",
             "test c ... ok",
         ] {
             reader.line(line);
         }
         assert_eq!(reader.passed, ["src/lib.rs a::works", "src/lib.rs d - should panic", "tests/run.rs c"]);
         assert_eq!(reader.failed, ["src/lib.rs b"]);
+        assert_eq!(reader.repeated, ["c: nothing moved"]);
         let skipped: Vec<_> = reader.skipped.iter().map(|(test, _)| test.as_str()).collect();
         assert_eq!(skipped, ["src/lib.rs c", "src/lib.rs kvm::micro::runs"]);
         assert_eq!(Kind::of(skipped[1], Kind::Unit), Kind::MicroGuest);
