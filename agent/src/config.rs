@@ -181,7 +181,7 @@ impl Default for Config {
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { connections: 64, requests: 256, memory: Bytes(16 << 20) }
+        Self { connections: 256, requests: 256, memory: Bytes(16 << 20) }
     }
 }
 

@@ -36,7 +36,7 @@ impl Agent {
     /// The agent is not built or does not come up.
     pub fn lend(bench: &Bench, size: u64, identity: Option<&Path>) -> Result<Self> {
         let identity = identity.map(|folder| format!("identity = '{}'\n", folder.display()));
-        let text = format!("{}[memory]\nsize = {size}\nlock = false\n", identity.unwrap_or_default());
+        let text = format!("{}[memory]\nsize = '{size}'\nlock = false\n", identity.unwrap_or_default());
         Self::with(bench, &text)
     }
 

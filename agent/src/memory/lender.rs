@@ -20,14 +20,12 @@ use crate::lease::Holder;
 use crate::volume::{User, lock};
 
 /// Leases at once, and of one node.
-const LOANS: usize = 128;
-const PER_NODE: usize = 32;
+const LOANS: usize = 256;
+const PER_NODE: usize = 64;
 /// Sessions of a lease at once.
 const SESSIONS: usize = 64;
-/// The numbers of a guest's pages cost the agent a little too: RAM of 4 GiB is always fine, and more if at least a
-/// 64th of it is leased here.
-const RAM_ALWAYS: u64 = (4 << 30) / PAGE;
-const RAM_PER_PAGE: u64 = 64;
+/// A lease is of so many pages of RAM at most, 1 TiB: also numbers cost the agent a little.
+const RAM: u64 = (1 << 40) / PAGE;
 /// So many pages are given back at once; more take a thread their time.
 const FEW: u64 = 4096;
 /// Clearing is asked after so often.
@@ -250,8 +248,8 @@ impl Lender {
             let loan = self.confirm(&mut loans, asked, node, (quota, allowed), overdue)?;
             return Ok(self.taken(&loan));
         }
-        if asked.pages > RAM_ALWAYS.max(quota.saturating_mul(RAM_PER_PAGE)) {
-            let why = format!("a lease of {} is too little for so much RAM", Bytes(quota * PAGE));
+        if asked.pages > RAM {
+            let why = format!("it lends memory to guests with {} of RAM at most", Bytes(RAM * PAGE));
             return Err(Refused::NoMemory { wait: Duration::ZERO, why });
         }
         // A new lease of the same holder is in place of the one that it had.

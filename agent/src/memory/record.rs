@@ -12,6 +12,7 @@
 //! killed, what the bits say is there.
 
 use std::io;
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::{Deserialize, Serialize};
@@ -75,7 +76,7 @@ impl Layout {
 pub(super) fn create(record: &Record, quota: u64) -> io::Result<Mapping> {
     let layout = Layout { pages: record.pages };
     let mapping = Mapping::create("omega-memory", layout.len())?;
-    mapping.reserve(layout.bits(), layout.len() - layout.bits())?;
+    mapping.reserve(layout.last(), PAGE)?;
     let text = serde_json::to_vec(record)?;
     if text.len() as u64 > PAGE - TEXT - 4 {
         return Err(io::Error::other("the lease's names are too long"));
@@ -86,6 +87,16 @@ pub(super) fn create(record: &Record, quota: u64) -> io::Result<Mapping> {
     head.set_quota(quota);
     head.0[0].store(MAGIC, Ordering::Release);
     Ok(mapping)
+}
+
+/// Takes the memory for the bits of `pages`, and of some around them: bits that nobody uses take none.
+///
+/// # Errors
+/// There is none.
+pub(super) fn reserve_bits(mapping: &Mapping, layout: Layout, pages: &Range<u64>) -> io::Result<()> {
+    let from = (pages.start / 8) / PAGE * PAGE;
+    let to = pages.end.div_ceil(8).next_multiple_of(PAGE);
+    mapping.reserve(layout.bits() + from, to - from)
 }
 
 /// Reads a file of an earlier process.

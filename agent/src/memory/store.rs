@@ -292,6 +292,12 @@ impl Store {
         let mut refused = None;
         for part_range in by_part(range) {
             let mut part = lock(&self.parts[(part_range.start / PART) as usize]);
+            if part.states.is_none()
+                && let Err(error) = record::reserve_bits(&self.mapping, self.layout, &part_range)
+            {
+                refused = Some(Refused::failed("no memory is left to note what is stored", &error));
+                break;
+            }
             let states = part.states(&part_range);
             let new = states.iter().filter(|state| **state & COUNTED == 0).count() as u64;
             refused = self.lives().err();
