@@ -1,4 +1,4 @@
-//! The identity by which `omega run` meets the agents of its guest's disks.
+//! The identity by which `omega run` meets the agents of its guest's disks and memory.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -7,18 +7,19 @@ use std::time::Duration;
 use transport::identity::{Reloading, Role, folder};
 
 use super::Failure;
-use crate::config::{Guest, RemoteDisk};
+use crate::config::{Guest, Peer};
 
 /// How often the identity's files are looked at: a new certificate or list of revoked ones counts soon.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
 
-/// This PC's identity, if `guest` has a disk that needs one and there is one.
+/// This PC's identity, if `guest` has a disk or memory elsewhere that needs one and there is one.
 ///
 /// # Errors
 /// `chosen` holds none, or the one that there is cannot be used.
 pub(super) fn find(guest: &Guest, chosen: Option<&Path>) -> Result<Option<Arc<Reloading>>, Failure> {
-    let needs = |remote: &RemoteDisk| !remote.insecure;
-    if !guest.disk.iter().filter_map(|disk| disk.remote.as_ref()).any(needs) {
+    let disks = guest.disk.iter().filter_map(|disk| disk.remote.as_ref()).map(Peer::from);
+    let mut peers = disks.chain(guest.memory.helper.iter().map(Peer::from));
+    if peers.all(|peer| peer.insecure) {
         return Ok(None);
     }
     let failed = |why: transport::identity::Error| Failure::failed(why.to_string());

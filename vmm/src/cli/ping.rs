@@ -13,7 +13,7 @@ use transport::wire::{Class, MAX_PAYLOAD};
 
 use super::human::{harmless, latency, mebibytes};
 use super::{Failure, args, json, show};
-use crate::config::RemoteDisk;
+use crate::config::Peer;
 use crate::ping::{self, Measured, Options, Report};
 
 /// More round trips of one class are a test, not a look.
@@ -80,20 +80,17 @@ fn target(args: &args::Ping) -> Result<(String, Security, Option<String>), Failu
     let known = known_address(args);
     let node = args.node.clone().or_else(|| known.is_some().then(|| args.target.clone()));
     let agent = known.unwrap_or_else(|| args.target.clone());
-    let remote = RemoteDisk {
-        agent: agent.clone(),
-        volume: String::new(),
-        node,
+    let peer = Peer {
+        agent: &agent,
+        node: node.as_deref(),
         insecure: args.insecure,
         transport: crate::config::Transport::Rdma,
         require_encryption: false,
-        patience: None,
-        on_timeout: crate::config::OnTimeout::Wait,
     };
     let security = match identity {
         _ if args.insecure => Security::Plain,
         Some(identity) => Security::Tls(Arc::clone(&identity)),
-        None if remote.is_on_this_pc() => Security::Plain,
+        None if peer.is_on_this_pc() => Security::Plain,
         None => {
             return Err(Failure::failed(format!(
                 "{agent} can only be trusted by an identity, and this PC has none; `omega join TOKEN` gets one, \
@@ -101,7 +98,7 @@ fn target(args: &args::Ping) -> Result<(String, Security, Option<String>), Failu
             )));
         }
     };
-    let node = matches!(security, Security::Tls(_)).then(|| remote.expected_node()).flatten();
+    let node = matches!(security, Security::Tls(_)).then(|| peer.expected_node()).flatten();
     Ok((with_port(&agent), security, node))
 }
 

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::Guest;
+use super::{Guest, OnLoss, Peer};
 
 /// `text` in place of what the smallest guest says; each case gives the whole file.
 fn lines(text: &str) -> Vec<String> {
@@ -205,6 +205,75 @@ fn a_full_configuration_is_read_and_its_paths_are_beside_it() {
 }
 
 #[test]
+fn memory_on_other_pcs_is_named_where_it_cannot_be() {
+    let helper = "[[memory.helper]]\nagent = 'pc2'\nsize = '1G'\n";
+    let cases: &[(&str, &[&str])] = &[
+        (
+            "[memory]\non_loss = 'mirror'\nswap_file = 's'\npatience = '1s'\nhelper = [{ agent = 'a', size = '1G' }]\n",
+            &["on_loss", "swap_file", "patience", "helper"].map(|key| match key {
+                "on_loss" => "guest.toml:5:1: key `memory.on_loss`: is for memory on other PCs; say by `local` how much of it stays on this one",
+                "swap_file" => "guest.toml:6:1: key `memory.swap_file`: is for memory on other PCs; say by `local` how much of it stays on this one",
+                "patience" => "guest.toml:7:1: key `memory.patience`: is for memory on other PCs; say by `local` how much of it stays on this one",
+                _ => "guest.toml:8:1: key `memory.helper`: is for memory on other PCs; say by `local` how much of it stays on this one",
+            }),
+        ),
+        (
+            "[memory]\nsize = '1G'\nlocal = '8M'\n",
+            &["guest.toml:6:1: key `memory.local`: must be at least 16M, not 8M"],
+        ),
+        (
+            "[memory]\nsize = '1G'\nlocal = '1G'\n",
+            &["guest.toml:6:1: key `memory.local`: must be less than `size`, 1G; leave it out for memory on this PC only"],
+        ),
+        (
+            "[memory]\nsize = '1G'\nlocal = '256M'\n",
+            &["guest.toml:6:1: key `memory.local`: the rest of the memory must be somewhere; add a `[[memory.helper]]`"],
+        ),
+        (
+            &format!("[memory]\nsize = '1G'\nlocal = '256M'\non_loss = 'mirror'\n{helper}"),
+            &["guest.toml:8:10: key `memory.helper`: a mirror has two sides; add another `[[memory.helper]]`"],
+        ),
+        (
+            &format!("[memory]\nsize = '1025M'\nlocal = '256M'\n{helper}"),
+            &["guest.toml:7:10: key `memory.helper`: the helpers' sizes add up to 1G in pieces of 16M; all of the guest's memory need 1040M, since a page keeps its place there while it is here"],
+        ),
+        (
+            &format!("[memory]\nsize = '1G'\nlocal = '256M'\non_loss = 'local-disk'\n{helper}"),
+            &["guest.toml:7:1: key `memory.on_loss`: `local-disk` needs `swap_file`, the path of a file that does not exist yet"],
+        ),
+        (
+            &format!("[memory]\nsize = '1G'\nlocal = '256M'\nswap_file = 's'\n{helper}{helper}insecure = true\nnode = 'x'\n"),
+            &[
+                "guest.toml:7:1: key `memory.swap_file`: is for `on_loss = \"local-disk\"` only",
+                "guest.toml:12:1: key `memory.helper[1].agent`: `pc2` is a helper already; give it a larger `size`",
+                "guest.toml:15:1: key `memory.helper[1].node`: nobody proves a name over plain TCP; leave out `insecure`, or this",
+            ],
+        ),
+        (
+            "[memory]\nsize = '1G'\nlocal = '256M'\n[[memory.helper]]\nagent = 'pc2'\nsize = '1M'\n",
+            &["guest.toml:9:1: key `memory.helper[0].size`: must be at least 16M, a piece of this guest's memory, not 1M"],
+        ),
+    ];
+    for (tail, expected) in cases {
+        assert_eq!(lines(&format!("{HEAD}{tail}")), *expected, "for:\n{tail}");
+    }
+}
+
+#[test]
+fn memory_on_other_pcs_is_read_and_its_swap_file_is_beside_the_configuration() {
+    let text = format!(
+        "{HEAD}[memory]\nsize = '1G'\nlocal = '256M'\non_loss = 'local-disk'\nswap_file = 'swap'\npatience = '5s'\n\
+         [[memory.helper]]\nagent = 'pc2'\nsize = '1G'\ntransport = 'rdma'\n[[memory.helper]]\nagent = '10.0.0.3'\n\
+         size = '512M'\nnode = 'attic'\nrequire_encryption = true\n"
+    );
+    let memory = Guest::parse(Path::new("/g/guest.toml"), &text).expect("the configuration is right").memory;
+    assert_eq!((memory.on_loss, memory.helper.len()), (OnLoss::LocalDisk, 2));
+    assert_eq!(memory.swap_file.as_deref(), Some(Path::new("/g/swap")));
+    assert_eq!(Peer::from(&memory.helper[1]).expected_node().as_deref(), Some("attic"));
+    assert_eq!(Peer::from(&memory.helper[0]).expected_node().as_deref(), Some("pc2"));
+}
+
+#[test]
 fn any_text_is_read_or_refused_with_a_reason() {
     let mut runner = proptest::test_runner::TestRunner::deterministic();
     runner
@@ -234,13 +303,11 @@ fn a_host_name_is_the_node_that_is_expected_and_an_address_is_any() {
     ] {
         let text = format!("{HEAD}[[disk]]\nremote = {{ agent = '{agent}', volume = 'v' }}\n");
         let guest = Guest::parse(Path::new("g.toml"), &text).expect("valid");
-        let remote = guest.disk[0].remote.as_ref().expect("remote");
+        let remote: Peer<'_> = guest.disk[0].remote.as_ref().expect("remote").into();
         assert_eq!((remote.expected_node().as_deref(), remote.is_on_this_pc()), (node, here), "{agent}");
     }
     let text = format!("{HEAD}[[disk]]\nremote = {{ agent = '10.0.0.2', volume = 'v', node = 'attic' }}\n");
     let guest = Guest::parse(Path::new("g.toml"), &text).expect("valid");
-    assert_eq!(
-        guest.disk[0].remote.as_ref().and_then(super::RemoteDisk::expected_node).as_deref(),
-        Some("attic")
-    );
+    let remote: Peer<'_> = guest.disk[0].remote.as_ref().expect("remote").into();
+    assert_eq!(remote.expected_node().as_deref(), Some("attic"));
 }

@@ -1,7 +1,9 @@
 //! A guest's configuration: the shape of `guest.toml`.
 
+mod memory;
 #[cfg(test)]
 mod mistakes_test;
+mod peer;
 mod shape;
 pub mod toml_file;
 mod validate;
@@ -10,10 +12,11 @@ use std::path::{Path, PathBuf};
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use transport::identity::NodeName;
 
 use crate::units::{Bytes, Span};
 
+pub use memory::{Helper, Memory, NumaNode, OnLoss};
+pub use peer::Peer;
 pub use toml_file::{Mistake, Mistakes};
 pub use validate::{LONGEST_CMDLINE, LONGEST_SERIAL, MOST_CPUS, MOST_DEVICES, name_mistake, parse_mac};
 
@@ -97,6 +100,7 @@ impl Guest {
         root(&mut self.kernel.image);
         self.kernel.initrd.as_mut().map(root);
         self.disk.iter_mut().filter_map(|disk| disk.path.as_mut()).for_each(root);
+        self.memory.swap_file.as_mut().map(root);
         if let Serial::File(path) = &mut self.serial {
             root(path);
         }
@@ -131,32 +135,6 @@ impl Default for Cpu {
     fn default() -> Self {
         Self { count: 1 }
     }
-}
-
-/// The guest's RAM.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct Memory {
-    /// How much.
-    pub size: Bytes,
-    /// NUMA nodes; none or one means none is shown to the guest. Sizes must add up to `size`.
-    pub numa: Vec<NumaNode>,
-}
-
-impl Default for Memory {
-    fn default() -> Self {
-        Self { size: Bytes(512 << 20), numa: Vec::new() }
-    }
-}
-
-/// One NUMA node as the guest sees it.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct NumaNode {
-    /// Its RAM.
-    pub size: Bytes,
-    /// Its vCPUs, by number.
-    pub cpus: Vec<u8>,
 }
 
 /// A disk: either `path` or `remote` is given.
@@ -211,33 +189,6 @@ pub struct RemoteDisk {
     /// What happens then.
     #[serde(default)]
     pub on_timeout: OnTimeout,
-}
-
-impl RemoteDisk {
-    /// The agent's host, without its port.
-    #[must_use]
-    pub fn host(&self) -> &str {
-        match self.agent.strip_prefix('[') {
-            Some(rest) => rest.split(']').next().unwrap_or(rest),
-            None => self.agent.split(':').next().unwrap_or(&self.agent),
-        }
-    }
-
-    /// Whether the agent is on this PC, by its address: nothing between here and there can be listened to.
-    #[must_use]
-    pub fn is_on_this_pc(&self) -> bool {
-        let is_loopback = |host: &str| host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback());
-        self.host() == "localhost" || is_loopback(self.host())
-    }
-
-    /// The node that the agent has to prove to be; `None`: any agent of the household.
-    #[must_use]
-    pub fn expected_node(&self) -> Option<String> {
-        let host = self.host();
-        let is_name = !host.contains(['.', ':']) && host != "localhost";
-        let named = || NodeName::of_host(host).filter(|_| is_name).map(|name| name.to_string());
-        self.node.clone().or_else(named)
-    }
 }
 
 /// What may carry the connection to an agent.

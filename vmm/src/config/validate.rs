@@ -4,10 +4,8 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-use transport::identity::NodeName;
-
 use super::toml_file::{Checker, KeyPath, beside};
-use super::{Disk, Guest, Memory, Net, RemoteDisk, Serial, Transport};
+use super::{Disk, Guest, Net, RemoteDisk, Serial, memory, peer};
 
 /// The longest kernel command line: x86's `COMMAND_LINE_SIZE` with its final NUL.
 pub const LONGEST_CMDLINE: usize = 2047;
@@ -19,12 +17,6 @@ pub const LONGEST_SERIAL: usize = 20;
 const LONGEST_TAP: usize = 15;
 /// Devices that fit on the guest's PCI bus beside the host bridge.
 pub const MOST_DEVICES: usize = 30;
-/// The page: memory sizes are multiples of it.
-const PAGE: u64 = 4096;
-/// The least RAM that anything can be started in.
-const LEAST_MEMORY: u64 = 1 << 20;
-/// The most RAM that the guest's address map has room for.
-const MOST_MEMORY: u64 = 8 << 40;
 
 /// Finds everything in `guest` that contradicts itself.
 pub(super) fn check(guest: &Guest, checker: &mut Checker<'_>) {
@@ -37,7 +29,7 @@ pub(super) fn check(guest: &Guest, checker: &mut Checker<'_>) {
         checker.wrong(&root.key("cpu").key("count"), format!("must be from 1 to {MOST_CPUS}, not {count}"));
     }
     kernel(guest, checker);
-    memory(&guest.memory, guest.cpu.count, checker);
+    memory::check(&guest.memory, guest.cpu.count, checker);
     disks(&guest.disk, checker);
     nets(&guest.net, checker);
     devices(guest, checker);
@@ -108,46 +100,6 @@ fn kernel(guest: &Guest, checker: &mut Checker<'_>) {
     }
 }
 
-fn memory(memory: &Memory, cpus: u8, checker: &mut Checker<'_>) {
-    let key = KeyPath::root().key("memory");
-    let size = memory.size;
-    if size.0 < LEAST_MEMORY || size.0 > MOST_MEMORY {
-        checker.wrong(&key.key("size"), format!("must be from 1M to 8T, not {size}"));
-    } else if !size.0.is_multiple_of(PAGE) {
-        checker.wrong(&key.key("size"), format!("must be a multiple of the page size, 4K; it is {size}"));
-    }
-    if memory.numa.is_empty() {
-        return;
-    }
-    let numa = key.key("numa");
-    let sum = memory.numa.iter().try_fold(0u64, |sum, node| sum.checked_add(node.size.0));
-    if sum != Some(size.0) {
-        let sum = sum.map_or("more than anything".to_owned(), |sum| crate::units::Bytes(sum).to_string());
-        checker.wrong(&numa, format!("the nodes' sizes add up to {sum}, but `memory.size` is {size}"));
-    }
-    let mut owner = HashMap::new();
-    for (index, node) in memory.numa.iter().enumerate() {
-        let key = numa.index(index);
-        if node.size.0 == 0 || !node.size.0.is_multiple_of(PAGE) {
-            checker.wrong(&key.key("size"), "must be a multiple of the page size, 4K, and not 0");
-        }
-        for (at, cpu) in node.cpus.iter().enumerate() {
-            let key = key.key("cpus").index(at);
-            if *cpu >= cpus {
-                let last = cpus.saturating_sub(1);
-                checker.wrong(&key, format!("there is no vCPU {cpu}; they are numbered 0 to {last}"));
-            } else if let Some(before) = owner.insert(*cpu, index) {
-                checker.wrong(&key, format!("vCPU {cpu} is in `memory.numa[{before}]` already"));
-            }
-        }
-    }
-    let homeless: Vec<String> =
-        (0..cpus).filter(|cpu| !owner.contains_key(cpu)).map(|cpu| cpu.to_string()).collect();
-    if !homeless.is_empty() {
-        checker.wrong(&numa, format!("vCPU {} is in no node; each must be in one", homeless.join(", ")));
-    }
-}
-
 fn disks(disks: &[Disk], checker: &mut Checker<'_>) {
     let mut serials = HashMap::new();
     let mut places: HashMap<Place<'_>, (usize, bool)> = HashMap::new();
@@ -200,71 +152,12 @@ enum Place<'a> {
 }
 
 fn remote_disk(remote: &RemoteDisk, key: &KeyPath, checker: &mut Checker<'_>) {
-    if let Some(why) = address_mistake(&remote.agent) {
-        checker.wrong(&key.key("agent"), why);
-    }
+    peer::check(&remote.into(), key, checker);
     if let Some(why) = name_mistake(&remote.volume) {
         checker.wrong(&key.key("volume"), why);
     }
-    match &remote.node {
-        Some(_) if remote.insecure => {
-            checker.wrong(
-                &key.key("node"),
-                "nobody proves a name over plain TCP; leave out `insecure`, or this",
-            );
-        }
-        Some(node) if node.parse::<NodeName>().is_err() => {
-            let what = format!("`{node}` is no node's name: lower-case letters, digits and `-`, at most 63");
-            checker.wrong(&key.key("node"), what);
-        }
-        _ => {}
-    }
-    if remote.require_encryption && remote.insecure {
-        checker.wrong(
-            &key.key("require_encryption"),
-            "plain TCP is not encrypted; leave out `insecure`, or this",
-        );
-    }
-    if remote.require_encryption && remote.transport == Transport::Rdma {
-        let what = "RDMA does not encrypt what it carries; leave out `require_encryption`, or this";
-        checker.wrong(&key.key("transport"), what);
-    }
     if remote.patience.is_some_and(|patience| patience.0.is_zero()) {
         checker.wrong(&key.key("patience"), "must be longer than nothing; leave it out to wait for ever");
-    }
-}
-
-/// Why `address` is not `host` or `host:port`.
-fn address_mistake(address: &str) -> Option<String> {
-    let form = "write `host`, `host:port` or `[IPv6 address]:port`";
-    let (host, port) = if let Some(rest) = address.strip_prefix('[') {
-        let Some((host, rest)) = rest.split_once(']') else {
-            return Some(format!("lacks a `]`; {form}"));
-        };
-        if host.parse::<std::net::Ipv6Addr>().is_err() {
-            return Some(format!("`{host}` is not an IPv6 address; {form}"));
-        }
-        match rest.strip_prefix(':') {
-            None if rest.is_empty() => (host, None),
-            None => return Some(format!("has `{rest}` behind the address; {form}")),
-            port => (host, port),
-        }
-    } else {
-        match address.split_once(':') {
-            Some((_, port)) if port.contains(':') => {
-                return Some(format!("is an IPv6 address without brackets; {form}"));
-            }
-            Some((host, port)) => (host, Some(port)),
-            None => (address, None),
-        }
-    };
-    let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_' | ':' | '%');
-    if host.is_empty() || !host.chars().all(fits) {
-        return Some(format!("is not a host; {form}"));
-    }
-    match port.map(str::parse::<u16>) {
-        Some(Err(_) | Ok(0)) => Some(format!("its port must be from 1 to 65535; {form}")),
-        _ => None,
     }
 }
 

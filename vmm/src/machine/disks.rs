@@ -1,6 +1,5 @@
 //! The guest's disks.
 
-use std::fs;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,13 +7,12 @@ use devices::disk::Disk;
 use devices::disk::file::{Direct, FileDisk, Options as FileOptions};
 use devices::disk::remote::{self, OnTimeout, Options as RemoteOptions};
 use devices::virtio::blk::{self, Blk, OperationCounters};
-use transport::channel::Transport;
 use transport::identity::{Reloading, Security};
 use transport::metrics::{Metrics, Snapshot};
 
-use super::Error;
 use super::assembly::Assembly;
 use super::parts::Counters;
+use super::{Error, agents};
 use crate::config::{self, Guest};
 
 /// More request queues than this help no disk.
@@ -78,33 +76,17 @@ fn open(config: &config::Disk, guest: &str, identity: Option<&Arc<Reloading>>) -
     }
 }
 
-/// How the connection to an agent is protected: plain TCP only where that was asked for, or where this PC has
-/// no identity and the agent is on it too.
-fn security(config: &config::RemoteDisk, identity: Option<&Arc<Reloading>>) -> Result<Security, String> {
-    match identity {
-        _ if config.insecure => Ok(Security::Plain),
-        Some(identity) => Ok(Security::Tls(Arc::clone(identity))),
-        None if config.is_on_this_pc() && !config.require_encryption => Ok(Security::Plain),
-        None => Err(format!(
-            "The agent at {} can only be trusted by an identity, and this PC has none; get a token by `omega node \
-             invite NAME --role console` on the household's first console and run `omega join TOKEN` here, or \
-             begin a household by `omega ca init`, or write `insecure = true` on a network where you trust everybody",
-            config.agent
-        )),
-    }
-}
-
 fn open_remote(
     config: &config::RemoteDisk,
     read_only: bool,
     guest: &str,
     identity: Option<&Arc<Reloading>>,
 ) -> Result<Opened, String> {
-    let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-    let name = format!("{guest} on {}", host.trim());
+    let name = agents::client(guest);
+    let peer = config::Peer::from(config);
     let options =
         RemoteOptions::new(&config.agent, &config.volume, &name).map_err(|error| error.to_string())?;
-    let security = security(config, identity)?;
+    let security = agents::security(&peer, identity)?;
     if config.insecure {
         tracing::warn!(
             "INSECURE: volume {} of {} goes over plain TCP: whoever is on the network between may read and change it",
@@ -112,7 +94,7 @@ fn open_remote(
             config.agent
         );
     }
-    let node = matches!(security, Security::Tls(_)).then(|| config.expected_node()).flatten();
+    let node = matches!(security, Security::Tls(_)).then(|| peer.expected_node()).flatten();
     let options = RemoteOptions {
         security,
         node,
@@ -122,12 +104,7 @@ fn open_remote(
             config::OnTimeout::Wait => OnTimeout::Wait,
             config::OnTimeout::Error => OnTimeout::Error,
         },
-        transport: match config.transport {
-            _ if config.require_encryption => Transport::Tcp,
-            config::Transport::Auto => Transport::Auto,
-            config::Transport::Rdma => Transport::Rdma,
-            config::Transport::Tcp => Transport::Tcp,
-        },
+        transport: agents::transport(&peer),
         ..options
     };
     let disk = remote::connect(options, CONNECT_TIMEOUT).map_err(|error| error.to_string())?;
@@ -168,43 +145,4 @@ fn peer_counters(now: &Snapshot) -> Vec<(&'static str, u64)> {
         ("peer_expired", now.expired()),
         ("peer_requests", now.series.iter().map(|series| series.latency.count).sum()),
     ]
-}
-
-#[cfg(test)]
-mod tests {
-    use transport::identity::testing::Household;
-
-    use super::*;
-
-    fn remote(agent: &str, insecure: bool) -> config::RemoteDisk {
-        let insecure = if insecure { ", insecure = true" } else { "" };
-        let text = format!(
-            "name = 'g'\nkernel = {{ image = 'k' }}\n[[disk]]\nremote = {{ agent = '{agent}', volume = 'v'{insecure} }}"
-        );
-        let guest = Guest::parse("g.toml".as_ref(), &text).expect("valid");
-        guest.disk[0].remote.clone().expect("remote")
-    }
-
-    #[test]
-    fn a_disk_goes_over_plain_tcp_only_where_that_was_said_or_without_an_identity_on_this_pc() {
-        let house = Household::new();
-        let identity = Reloading::in_memory(house.console("desk"));
-        for (agent, insecure, has_identity, plain) in [
-            ("10.0.0.2", false, true, Some(false)),
-            ("127.0.0.1", false, true, Some(false)),
-            ("attic", true, true, Some(true)),
-            ("attic", true, false, Some(true)),
-            ("127.0.0.1", false, false, Some(true)),
-            ("localhost:99", false, false, Some(true)),
-            ("attic", false, false, None),
-            ("10.0.0.2", false, false, None),
-        ] {
-            let found = security(&remote(agent, insecure), has_identity.then_some(&identity));
-            let is_plain = found.as_ref().ok().map(|s| matches!(s, Security::Plain));
-            assert_eq!(is_plain, plain, "{agent} insecure {insecure} identity {has_identity}: {found:?}");
-            if let Err(why) = found {
-                assert!(why.contains(agent) && why.contains("omega join TOKEN"), "{why}");
-            }
-        }
-    }
 }

@@ -14,6 +14,7 @@
 //! the keeper. The thread in [`Machine::run`] only waits for the end, so that a kill always gets through,
 //! whatever a device waits for.
 
+mod agents;
 mod assembly;
 mod cards;
 mod controller;
