@@ -20,6 +20,7 @@ const EXIT_CODES: &str = "Exit codes:
   11  `run`: the guest's kernel panicked
   12  `run`: the guest's processor shut down (triple fault)
   13  `run`: the guest was ended from outside (second signal, `stop --force`)
+  14  `run`: memory of the guest was lost with a helper that lent it
 
 Environment:
   OMEGA_LOG          what is logged: error, warn, info, debug, trace; also per part: info,transport=debug

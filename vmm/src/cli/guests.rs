@@ -7,11 +7,12 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use super::human::harmless;
 use super::runtime::{self, Folder};
 use super::{Failure, args, show};
 use crate::control::client::{Client, Error as ClientError};
 use crate::control::protocol::Command;
-use crate::control::{Counters, Error as Refusal, State, Status};
+use crate::control::{Counters, Error as Refusal, State, Status, Waiting};
 
 /// How long a guest may take to answer what it answers at once.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -63,7 +64,11 @@ pub(super) fn ps(args: &args::Output) -> Result<(), Failure> {
             _ => (vcpus.to_string(), memory.to_string()),
         };
         // Writing to a text cannot fail.
-        let _ = writeln!(text, "{name:width$}  {state:8}  {vcpus:>4}  {memory:>7}  {up:>9}  {pid}");
+        let _ = write!(text, "{name:width$}  {state:8}  {vcpus:>4}  {memory:>7}  {up:>9}  {pid}");
+        match &row.waits_for {
+            Some(waiting) => drop(writeln!(text, "  waits for {}", waits(waiting))),
+            None => text.push('\n'),
+        }
     }
     show(&text)
 }
@@ -79,6 +84,7 @@ fn silent(folder: &Folder, pid: u32) -> Status {
         balloon: None,
         uptime_ms: 0,
         resets: 0,
+        waits_for: None,
         devices: Vec::new(),
     }
 }
@@ -90,6 +96,12 @@ pub(super) fn state(state: State) -> &'static str {
         State::Paused => "paused",
         State::Ending => "ending",
     }
+}
+
+/// Why a guest stands still.
+pub(super) fn waits(waiting: &Waiting) -> String {
+    let Waiting { helper, why, for_ms } = waiting;
+    harmless(&format!("its memory on {helper}, away for {} s: {why}", for_ms / 1000))
 }
 
 pub(super) fn uptime(milliseconds: u64) -> String {
@@ -121,8 +133,12 @@ pub(super) fn status(args: &args::Status) -> Result<(), Failure> {
 }
 
 fn table(status: &Status, counters: &Counters) -> String {
-    let Status { name, pid, state: now, vcpus, memory, balloon, uptime_ms, resets, devices } = status;
+    let Status { name, pid, state: now, vcpus, memory, balloon, uptime_ms, resets, waits_for, devices } =
+        status;
     let mut text = format!("name      {name}\nstate     {}\nprocess   {pid}\n", state(*now));
+    if let Some(waiting) = waits_for {
+        let _ = writeln!(text, "waits for {}", waits(waiting));
+    }
     // Writing to a text cannot fail.
     let _ = write!(text, "vcpus     {vcpus}\nmemory    {memory}\n");
     if let Some(balloon) = balloon {
@@ -163,7 +179,12 @@ pub(super) fn stop(args: &args::Stop) -> Result<(), Failure> {
     while folder.process().is_some() {
         if late() {
             let (name, waited) = (&args.name, args.timeout);
-            let ear = if pressed { "" } else { " (it does not listen to its power button)" };
+            let waiting = connect(&folder, Some(PATIENCE)).ok().and_then(|mut client| client.status().ok());
+            let ear = match waiting.and_then(|status| status.waits_for) {
+                Some(waiting) => format!(" (it stands still for {})", waits(&waiting)),
+                None if pressed => String::new(),
+                None => " (it does not listen to its power button)".to_owned(),
+            };
             return Err(Failure::failed(format!(
                 "The guest `{name}` did not end within {waited} and runs on{ear}; wait longer with --timeout, \
                  or end it at once with `omega stop --force {name}`"
@@ -222,8 +243,8 @@ fn ask_to_end(folder: &Folder, args: &args::Stop, late: &impl Fn() -> bool) -> R
             // A guest that ends at this moment is what was asked for.
             Err(ClientError::Unreachable(_)) => return Ok(true),
             Err(why @ ClientError::Refused(Refusal::NotNow(_))) => {
-                let paused = client.status().is_ok_and(|status| status.state == State::Paused);
-                if paused {
+                let status = client.status();
+                if status.is_ok_and(|status| status.state == State::Paused && status.waits_for.is_none()) {
                     let mend = format!(
                         "`omega resume {name}` first, or `omega stop --force {name}` ends it at once"
                     );

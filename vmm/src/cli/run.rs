@@ -42,6 +42,7 @@ pub(super) fn run(args: &args::Run) -> Result<(), Failure> {
         Exit::Panicked => tracing::error!("The guest's kernel panicked"),
         Exit::TripleFault => tracing::error!("The guest ended by a triple fault"),
         Exit::Killed => tracing::info!("The guest was ended"),
+        Exit::MemoryLost => tracing::error!("The guest ended because memory of it was lost with a helper"),
     }
     drop(claim);
     match exit.code() {

@@ -108,9 +108,23 @@ pub struct Status {
     pub uptime_ms: u64,
     /// How often the guest was reset.
     pub resets: u64,
+    /// The helper that the guest stands still for, without having been asked to; none of a guest that does not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub waits_for: Option<Waiting>,
     /// Its devices, in the order in which the guest sees them.
     #[serde(default)]
     pub devices: Vec<DeviceStatus>,
+}
+
+/// Why a guest stands still: it needs memory that is on a PC which is away. It goes on by itself.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Waiting {
+    /// The agent that is away, as in the configuration.
+    pub helper: String,
+    /// Why, for people.
+    pub why: String,
+    /// Milliseconds since something waits for it.
+    pub for_ms: u64,
 }
 
 /// One device of a machine.

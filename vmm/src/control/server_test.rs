@@ -41,6 +41,7 @@ impl Controlled for Machine {
             balloon: None,
             uptime_ms: 1,
             resets: 0,
+            waits_for: None,
             devices: Vec::new(),
         }
     }

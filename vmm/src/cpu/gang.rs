@@ -94,8 +94,18 @@ impl Gang {
     /// # Errors
     /// Some have not paused within `patience`.
     pub fn pause(&self, patience: Duration) -> Result<(), Stuck> {
+        self.pause_unless(patience, &|| false)
+    }
+
+    /// As [`pause`](Self::pause), but gives up as soon as `hopeless` says so, which is asked now and then: a vCPU
+    /// whose page is on a PC that is away leaves guest code only when that is back. The order stays: such a vCPU
+    /// runs no instruction of the guest before it pauses.
+    ///
+    /// # Errors
+    /// Some have not paused within `patience`, or it is hopeless.
+    pub fn pause_unless(&self, patience: Duration, hopeless: &dyn Fn() -> bool) -> Result<(), Stuck> {
         self.request_pause();
-        self.wait(patience, |state| state.parked + state.holding)
+        self.wait(patience, hopeless, |state| state.parked + state.holding)
     }
 
     /// After a pause and after the devices have finished what they were asked: waits until every access
@@ -104,10 +114,23 @@ impl Gang {
     /// # Errors
     /// Some are not there within `patience`.
     pub fn settle(&self, patience: Duration) -> Result<(), Stuck> {
-        self.wait(patience, |state| state.parked)
+        self.settle_unless(patience, &|| false)
     }
 
-    fn wait(&self, patience: Duration, paused: impl Fn(&State) -> usize) -> Result<(), Stuck> {
+    /// As [`settle`](Self::settle), but gives up as soon as `hopeless` says so.
+    ///
+    /// # Errors
+    /// Some are not there within `patience`, or it is hopeless.
+    pub fn settle_unless(&self, patience: Duration, hopeless: &dyn Fn() -> bool) -> Result<(), Stuck> {
+        self.wait(patience, hopeless, |state| state.parked)
+    }
+
+    fn wait(
+        &self,
+        patience: Duration,
+        hopeless: &dyn Fn() -> bool,
+        paused: impl Fn(&State) -> usize,
+    ) -> Result<(), Stuck> {
         let end = Instant::now() + patience;
         let mut state = self.lock();
         while paused(&state) < self.count {
@@ -120,7 +143,11 @@ impl Gang {
             if timeout.timed_out() {
                 drop(state);
                 self.kick();
+                let hopeless = hopeless();
                 state = self.lock();
+                if hopeless && paused(&state) < self.count {
+                    return Err(Stuck(self.count - paused(&state)));
+                }
             }
         }
         Ok(())

@@ -74,3 +74,11 @@ fn a_vcpu_that_does_not_pause_is_reported() {
     let Stuck(count) = gang.pause(Duration::from_millis(10)).expect_err("nobody is there");
     assert_eq!(count, 2);
 }
+
+#[test]
+fn a_pause_that_is_hopeless_is_given_up_and_its_order_stays() {
+    let gang = Gang::new(1);
+    gang.resume();
+    assert!(gang.pause_unless(LONG, &|| true).is_err(), "nobody is there");
+    assert!(!gang.may_run(), "whoever comes back from a page fault pauses");
+}

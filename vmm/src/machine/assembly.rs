@@ -141,6 +141,8 @@ pub(super) fn assemble(guest: &config::Guest, options: &Options) -> Result<Machi
         power_on,
         life: Mutex::new(()),
         state: 0.into(),
+        held: Mutex::default(),
+        paging: None,
         partition,
         ram,
     };

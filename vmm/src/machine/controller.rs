@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use super::parts::{Parts, lock};
 use super::{Error, Exit};
-use crate::control::{self, Controlled, Counters, DeviceStatus, Peers, State, Status};
+use crate::control::{self, Controlled, Counters, DeviceStatus, Peers, State, Status, Waiting};
 use crate::kvm::{CpuState, PartitionState};
 use crate::units::Bytes;
 
@@ -40,8 +40,18 @@ impl Controller {
             State::Paused => "paused",
             State::Ending => "ending",
         };
+        if let Some(waiting) = lock(&self.parts.held).waiting() {
+            return stands_still(&waiting);
+        }
         control::Error::NotNow(format!("the guest is {doing}"))
     }
+}
+
+fn stands_still(waiting: &Waiting) -> control::Error {
+    let Waiting { helper, why, .. } = waiting;
+    control::Error::NotNow(format!(
+        "the guest stands still for its memory on {helper}, which is away ({why}), and goes on when that is back"
+    ))
 }
 
 #[allow(clippy::needless_pass_by_value)] // the form that `map_err` takes
@@ -66,6 +76,7 @@ impl Controlled for Controller {
             balloon: parts.balloon.as_ref().map(|balloon| Bytes(balloon.target())),
             uptime_ms: parts.started.elapsed().as_millis() as u64,
             resets: parts.resets.load(Ordering::Relaxed),
+            waits_for: lock(&parts.held).waiting(),
             devices: parts.devices.iter().map(describe).collect(),
         }
     }
@@ -74,7 +85,11 @@ impl Controlled for Controller {
         let _life = lock(&self.parts.life);
         match self.parts.state() {
             State::Running => self.parts.pause().map_err(failed),
-            State::Paused => Ok(()),
+            State::Paused => {
+                // Should it stand still for a helper, it stays paused afterwards.
+                let _ = self.parts.want_paused(true);
+                Ok(())
+            }
             State::Starting | State::Ending => Err(self.not_now()),
         }
     }
@@ -82,7 +97,10 @@ impl Controlled for Controller {
     fn resume(&self) -> Result<(), control::Error> {
         let _life = lock(&self.parts.life);
         match self.parts.state() {
-            State::Paused => self.parts.resume().map_err(failed),
+            State::Paused => match self.parts.want_paused(false) {
+                Some(waiting) => Err(stands_still(&waiting)),
+                None => self.parts.resume().map_err(failed),
+            },
             State::Running => Ok(()),
             State::Starting | State::Ending => Err(self.not_now()),
         }
@@ -142,7 +160,7 @@ impl Controlled for Controller {
 
     fn save_state(&self) -> Result<serde_json::Value, control::Error> {
         let _life = lock(&self.parts.life);
-        if self.parts.state() != State::Paused {
+        if self.parts.state() != State::Paused || lock(&self.parts.held).waiting().is_some() {
             return Err(self.not_now());
         }
         save(&self.parts).map_err(failed)

@@ -19,7 +19,9 @@ mod assembly;
 mod cards;
 mod controller;
 mod disks;
+mod ending;
 mod keeper;
+mod paging;
 mod parts;
 mod peripherals;
 mod startup;
@@ -36,7 +38,6 @@ use transport::identity::Reloading;
 use crate::acpi;
 use crate::config;
 use crate::console::Hub;
-use crate::control::State;
 use crate::cpu::{Event, Stuck};
 use crate::kvm;
 use crate::loader;
@@ -69,6 +70,8 @@ pub enum Exit {
     TripleFault,
     /// It was killed.
     Killed,
+    /// Pages of its memory were lost with a helper.
+    MemoryLost,
 }
 
 impl Exit {
@@ -81,6 +84,7 @@ impl Exit {
             Self::Panicked => 11,
             Self::TripleFault => 12,
             Self::Killed => 13,
+            Self::MemoryLost => 14,
         }
     }
 }
@@ -138,6 +142,12 @@ pub enum Error {
     /// A thread cannot be started.
     #[error("A thread cannot be started: {0}")]
     Thread(std::io::Error),
+    /// Memory on other PCs cannot be handled.
+    #[error(transparent)]
+    Paging(#[from] memory::fault::Error),
+    /// It stands still for its memory.
+    #[error("The guest waits for memory on a PC that is away")]
+    AwaitsMemory,
     /// vCPUs do not pause.
     #[error(transparent)]
     Stuck(#[from] Stuck),
@@ -189,23 +199,14 @@ impl Machine {
         let Self { parts, events, end } = self;
         let threads = vcpus::start(&parts)?;
         let keeper = keeper::start(&parts, events)?;
+        paging::watch(&parts)?;
         parts.boot()?;
         startup::give_back();
         // Last, since threads inherit it, and those started above may do more.
         confine(Role::Main).map_err(Error::Thread)?;
         // The sender lives in `parts`.
         let exit = end.recv().unwrap_or(Ok(Exit::Killed));
-        parts.set_state(State::Ending);
-        parts.gang.end();
-        if matches!(exit, Ok(Exit::Killed)) {
-            // A device may be waiting for something that never comes; the process's end frees it all.
-            return exit;
-        }
-        for thread in threads.take() {
-            let _ = thread.join();
-        }
-        drop(keeper);
-        parts.shut_down();
+        ending::end(&parts, threads, keeper, &exit);
         exit
     }
 }

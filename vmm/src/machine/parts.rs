@@ -10,11 +10,12 @@ use devices::platform::Pm;
 use devices::virtio::balloon;
 use transport::metrics::Metrics;
 
+use super::paging::{Held, Paging};
 use super::{Error, Exit};
 use crate::acpi;
 use crate::config;
 use crate::control::State;
-use crate::cpu::{Buses, Event, Gang};
+use crate::cpu::{Buses, Event, Gang, Stuck};
 use crate::kvm::{CpuState, Partition, PartitionState, Vcpu};
 use crate::loader::Kernel;
 use crate::memory::{Layout, Ram};
@@ -57,6 +58,10 @@ pub(super) struct Parts {
     /// Held by whoever starts, pauses, resumes, resets or saves.
     pub(super) life: Mutex<()>,
     pub(super) state: AtomicU8,
+    /// Whether it stands still for a helper. Never locked around `life`.
+    pub(super) held: Mutex<Held>,
+    /// Memory on other PCs.
+    pub(super) paging: Option<Arc<Paging>>,
     // Last, so that the VM goes before the RAM that it uses.
     pub(super) partition: Partition,
     pub(super) ram: Ram,
@@ -114,7 +119,7 @@ impl Parts {
         Ok(())
     }
 
-    fn go(&self) {
+    pub(super) fn go(&self) {
         self.set_state(State::Running);
         if self.state() == State::Running {
             self.gang.resume();
@@ -131,26 +136,46 @@ impl Parts {
         Ok(())
     }
 
-    /// Stops vCPUs and devices. If one of them does not stop, the guest runs on.
+    /// Stops vCPUs and devices. If one of them does not stop, the guest runs on; if that is because its memory is on
+    /// a PC that is away, it stands still, and the pause is made whole when that is back.
     pub(super) fn pause(&self) -> Result<(), Error> {
-        let paused = self.halt();
-        if paused.is_ok() {
+        let Err(why) = self.halt() else {
             self.set_state(State::Paused);
-        } else {
-            for device in &self.devices {
-                if let Err(error) = device.life.start() {
-                    tracing::error!(device = device.name, %error, "The device cannot go on after a failed pause");
-                }
+            return Ok(());
+        };
+        for device in &self.devices {
+            if let Err(error) = device.life.start() {
+                tracing::error!(device = device.name, %error, "The device cannot go on after a failed pause");
             }
-            self.go();
         }
-        paused
+        if self.pause_later() {
+            return Ok(());
+        }
+        self.go();
+        Err(why)
     }
 
     fn halt(&self) -> Result<(), Error> {
-        self.gang.pause(PATIENCE)?;
-        self.each(|device| device.stop())?;
-        Ok(self.gang.settle(PATIENCE)?)
+        let hangs = self.hangs();
+        self.gang.pause_unless(PATIENCE, &hangs)?;
+        for device in &self.devices {
+            if self.waits_for_memory() {
+                // The device may hang in a page fault itself.
+                return Err(self.gang.settle(Duration::ZERO).err().map_or(Error::AwaitsMemory, Error::Stuck));
+            }
+            device.life.stop().map_err(|source| Error::Lifecycle { name: device.name.clone(), source })?;
+        }
+        Ok(self.gang.settle_unless(PATIENCE, &hangs)?)
+    }
+
+    /// Waits until no vCPU runs guest code, however long its memory is away.
+    fn still(&self, paused: impl Fn() -> Result<(), Stuck>) -> Result<(), Error> {
+        loop {
+            match paused() {
+                Err(_) if self.waits_for_memory() && self.state() != State::Ending => {}
+                result => return Ok(result?),
+            }
+        }
     }
 
     /// Lets devices and vCPUs go on after a pause.
@@ -164,11 +189,13 @@ impl Parts {
     /// the guest was paused meanwhile: then a resume lets it.
     pub(super) fn reset(&self) -> Result<(), Error> {
         let _life = lock(&self.life);
-        let paused = self.state() == State::Paused;
-        self.gang.pause(PATIENCE)?;
+        self.still(|| self.gang.pause(PATIENCE))?;
         self.each(|device| device.reset())?;
-        self.gang.settle(PATIENCE)?;
-        self.ram.clear()?;
+        self.still(|| self.gang.settle(PATIENCE))?;
+        match &self.paging {
+            Some(paging) => paging.engine.clear()?,
+            None => self.ram.clear()?,
+        }
         let (cpus, partition) = &self.power_on;
         self.partition.restore(partition)?;
         for (vcpu, state) in self.vcpus.iter().zip(cpus) {
@@ -176,18 +203,14 @@ impl Parts {
         }
         self.resets.fetch_add(1, Ordering::Relaxed);
         self.load()?;
-        if paused { Ok(()) } else { self.resume() }
-    }
-
-    /// Drains the devices at the end, so that what the guest wrote is where it belongs.
-    pub(super) fn shut_down(&self) {
-        let _life = lock(&self.life);
-        if let Err(error) = self.each(|device| device.stop()) {
-            tracing::warn!(%error, "A device could not be drained at the end");
+        let mut held = lock(&self.held);
+        let paused = self.state() == State::Paused && !held.goes_on();
+        if paused {
+            return Ok(());
         }
-        // Controllers hold these parts until the process ends, so nothing would be dropped before.
-        for device in &self.devices {
-            device.life.end();
-        }
+        // If its memory is still away, it is held again.
+        held.vcpus_run();
+        drop(held);
+        self.resume()
     }
 }

@@ -21,6 +21,11 @@ impl Threads {
     pub(super) fn take(&self) -> Vec<JoinHandle<()>> {
         mem::take(&mut *lock(&self.0))
     }
+
+    /// Whether all of them have ended.
+    pub(super) fn ended(&self) -> bool {
+        lock(&self.0).iter().all(JoinHandle::is_finished)
+    }
 }
 
 /// Starts one thread for each vCPU; they wait until the gang runs.

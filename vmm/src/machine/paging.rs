@@ -1,0 +1,193 @@
+//! A guest whose memory is on other PCs too: why it stands still without having been asked to, and how it goes on.
+//!
+//! When a page is needed that only a helper has which is away, the vCPU that touched it hangs inside a page fault, and
+//! others would follow one after the other. So the guest stops as a whole: to itself it looks as if no time had
+//! passed. A vCPU in a page fault cannot be made to leave it, but runs no instruction before it pauses.
+//!
+//! ```text
+//!            helper away for a second, and something waits      user pauses
+//!   Running ─────────────────────────────────────────────▶ Held ───────────▶ Held, to stay paused
+//!      ▲                     it is back                     │                     │ it is back
+//!      └────────────────────────────────────────────────────┘                     ▼
+//!                                                                               Paused
+//! ```
+
+use std::sync::{Arc, TryLockError};
+use std::time::{Duration, Instant};
+
+use devices::thread::{Role, spawn};
+
+use super::parts::{Parts, lock};
+use super::{Error, Exit};
+use crate::control::{State, Waiting};
+use crate::memory::fault::Engine;
+use crate::memory::store::{Control, Health, Stuck};
+
+/// A helper that answers again within this time only made the guest slow.
+const GRACE: Duration = Duration::from_secs(1);
+/// A vCPU that has not paused by then, while pages are missing, waits for one.
+const IN_A_FAULT: Duration = Duration::from_secs(2);
+/// How often the watcher looks although nothing changed.
+const LOOK: Duration = Duration::from_millis(500);
+
+/// A guest's memory on other PCs.
+pub(super) struct Paging {
+    /// Closed after everything that touches guest RAM has ended.
+    pub(super) engine: Engine,
+    pub(super) control: Arc<Control>,
+    pub(super) health: Arc<Health>,
+}
+
+impl Paging {
+    /// The helper that something has been waiting for, for longer than it may take.
+    fn missed(&self) -> Option<Stuck> {
+        self.health.report().stuck.filter(|stuck| stuck.since.elapsed() >= GRACE)
+    }
+
+    fn lost(&self) -> Option<String> {
+        self.health.report().lost.map(|(_, why)| why).or_else(|| self.engine.lost())
+    }
+}
+
+/// How a guest stands still for a helper.
+#[derive(Default)]
+pub(super) struct Held {
+    /// For whom.
+    stuck: Option<Stuck>,
+    /// The vCPUs were stopped for it; the devices were not.
+    vcpus: bool,
+    /// And are to stay so when it is back.
+    by_user: bool,
+}
+
+impl Held {
+    /// Whether the vCPUs will go on by themselves.
+    pub(super) fn goes_on(&self) -> bool {
+        self.vcpus && !self.by_user
+    }
+
+    /// What the guest waits for, for people.
+    pub(super) fn waiting(&self) -> Option<Waiting> {
+        self.stuck.as_ref().map(|Stuck { helper, since, why }| {
+            let for_ms = u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX);
+            Waiting { helper: helper.clone(), why: why.clone(), for_ms }
+        })
+    }
+
+    /// The vCPUs run again, by somebody else's doing.
+    pub(super) fn vcpus_run(&mut self) {
+        self.vcpus = false;
+    }
+}
+
+/// Starts the thread that stops the guest while a helper is missed, and ends it when memory is lost.
+pub(super) fn watch(parts: &Arc<Parts>) -> Result<(), Error> {
+    let Some(paging) = parts.paging.clone() else { return Ok(()) };
+    let parts = Arc::downgrade(parts);
+    let body = move || {
+        let mut version = u64::MAX;
+        loop {
+            version = paging.health.wait(version, LOOK).version;
+            let Some(parts) = parts.upgrade() else { return };
+            if parts.state() == State::Ending {
+                return;
+            }
+            if let Some(why) = paging.lost() {
+                tracing::error!("Pages of the guest's memory are lost, so that it can only end: {why}");
+                return parts.finish(Ok(Exit::MemoryLost));
+            }
+            match paging.missed() {
+                Some(stuck) => parts.hold(stuck),
+                None => parts.let_go(),
+            }
+        }
+    };
+    spawn(Role::Control, "memory-watch", body).map(drop).map_err(Error::Thread)
+}
+
+impl Parts {
+    /// Whether somebody waits for a page that cannot come now.
+    pub(super) fn waits_for_memory(&self) -> bool {
+        self.paging.as_ref().is_some_and(|paging| paging.missed().is_some())
+    }
+
+    /// For a pause that began now: whether to stop waiting for vCPUs, because they hang in page faults.
+    pub(super) fn hangs(&self) -> impl Fn() -> bool {
+        let begun = Instant::now();
+        move || begun.elapsed() >= IN_A_FAULT && self.waits_for_memory()
+    }
+
+    /// Stops the vCPUs until [`let_go`](Self::let_go). May be called again.
+    fn hold(&self, stuck: Stuck) {
+        let Stuck { helper, why, .. } = &stuck;
+        let mut held = lock(&self.held);
+        if held.stuck.as_ref().is_none_or(|known| known.helper != *helper) {
+            tracing::warn!(
+                %helper,
+                "The guest stands still: it needs memory of a helper that is away ({why}); it goes on by itself when \
+                 that is back, `omega stop --force` ends it"
+            );
+        }
+        held.stuck = Some(stuck);
+        drop(held);
+        // Who holds the lock waits for the same memory, or is done soon.
+        let _life = match self.life.try_lock() {
+            Ok(life) => life,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return,
+        };
+        if self.state() == State::Running {
+            self.set_state(State::Paused);
+            lock(&self.held).vcpus = true;
+            // Those that hang in a page fault count as paused.
+            let _ = self.gang.pause_unless(IN_A_FAULT, &|| !self.waits_for_memory());
+        }
+    }
+
+    /// The memory is there: lets the vCPUs go on, unless somebody paused the guest meanwhile.
+    fn let_go(&self) {
+        if lock(&self.held).stuck.is_none() {
+            return;
+        }
+        let _life = match self.life.try_lock() {
+            Ok(life) => life,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return,
+        };
+        let was = std::mem::take(&mut *lock(&self.held));
+        let helper = was.stuck.map(|stuck| stuck.helper).unwrap_or_default();
+        match (was.vcpus, was.by_user) {
+            (true, true) => {
+                tracing::info!(%helper, "The guest's memory is there again; the guest stays paused");
+                if let Err(error) = self.pause() {
+                    tracing::error!(%error, "The guest could not be paused and runs on");
+                }
+            }
+            (true, false) => {
+                tracing::info!(%helper, "The guest's memory is there again; the guest goes on");
+                self.go();
+            }
+            (false, _) => tracing::info!(%helper, "The guest's memory is there again"),
+        }
+    }
+
+    /// A pause failed because vCPUs or devices wait for memory: it is made whole when that is back. `false` if they
+    /// do not. Called with the life's lock.
+    pub(super) fn pause_later(&self) -> bool {
+        let Some(stuck) = self.paging.as_ref().and_then(|paging| paging.missed()) else { return false };
+        *lock(&self.held) = Held { stuck: Some(stuck), vcpus: true, by_user: true };
+        self.set_state(State::Paused);
+        true
+    }
+
+    /// Whether the guest will stay paused because a user wants it, though it stands still for a helper: after
+    /// `paused` was wanted or not wanted any more. `None`: it does not stand still for a helper.
+    pub(super) fn want_paused(&self, paused: bool) -> Option<Waiting> {
+        let mut held = lock(&self.held);
+        if !held.vcpus {
+            return None;
+        }
+        held.by_user = paused;
+        held.waiting()
+    }
+}
