@@ -111,6 +111,8 @@ pub(super) struct Remote {
     up: bool,
     renew_at: Option<Instant>,
     renewing: bool,
+    /// The connection was closed for good.
+    shut: bool,
     events: Vec<Event>,
 }
 
@@ -138,6 +140,7 @@ impl Remote {
             up: false,
             renew_at: None,
             renewing: false,
+            shut: false,
             events: Vec::new(),
         })
     }
@@ -167,7 +170,7 @@ impl Remote {
     /// Sends what the core asks.
     pub(super) fn push(&mut self, asks: &mut Vec<Ask>) {
         let epoch = self.holding.lease().epoch;
-        let Some(channel) = &mut self.channel else { return asks.clear() };
+        let Some(channel) = self.channel.as_mut().filter(|_| !self.shut) else { return asks.clear() };
         for Ask { tag, what } in asks.drain(..) {
             let call = match what {
                 What::Fetch { first, count, urgency } => {
@@ -196,11 +199,17 @@ impl Remote {
         if !channel.complete(ring, completion, &mut self.events) {
             return false;
         }
+        if self.shut {
+            self.events.clear();
+        }
         self.handle(ring, Instant::now(), news);
         true
     }
 
     pub(super) fn tick(&mut self, ring: &mut Ring, now: Instant, news: &mut Vec<News>) -> Option<Instant> {
+        if self.shut {
+            return None;
+        }
         let mut next = None;
         match self.phase {
             Phase::Refused(at) if at <= now => self.set_up(),
@@ -388,7 +397,11 @@ impl Remote {
     /// Gives the lease back; [`over`](Self::over) says when that is done.
     pub(super) fn leave(&mut self, now: Instant) {
         match self.phase {
-            Phase::Serving if self.up => self.release(now),
+            Phase::Serving | Phase::Opening if self.up => self.release(now),
+            // A guest that ends as soon as it began.
+            Phase::Apart if self.holding.taken.is_some() && self.channel.is_some() => {
+                self.phase = Phase::Leaving
+            }
             // It will expire, if it is not over.
             _ => self.phase = Phase::Closed,
         }
@@ -398,7 +411,7 @@ impl Remote {
         self.phase = Phase::Leaving;
         let deadline = Some(now + RELEASE_TIMEOUT);
         let body = self.holding.lease().encode();
-        self.submit(Call { deadline, ..call(RELEASE, opcode::RELEASE, Class::Control, body) });
+        self.submit(Call { deadline, setup: true, ..call(RELEASE, opcode::RELEASE, Class::Control, body) });
     }
 
     pub(super) fn over(&self) -> bool {
@@ -407,7 +420,8 @@ impl Remote {
 
     pub(super) fn close(&mut self, ring: &mut Ring) {
         self.phase = Phase::Closed;
-        if let Some(mut channel) = self.channel.take() {
+        // It stays, to know its completions that are still to come.
+        if let Some(channel) = self.channel.as_mut().filter(|_| !std::mem::replace(&mut self.shut, true)) {
             drop(channel.close(ring));
         }
     }
