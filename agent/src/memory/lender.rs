@@ -2,15 +2,16 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use devices::disk::volume::Lease;
 use vmm::memory::store::protocol::{Lending, Lent, Open, Take, Taken};
 use vmm::units::Bytes;
 
+use super::loan::{Clock, Loan};
 use super::mapping::Mapping;
 use super::record::{Record, VERSION};
 use super::store::Store;
@@ -22,120 +23,12 @@ use crate::volume::{User, lock};
 /// Leases at once, and of one node.
 const LOANS: usize = 256;
 const PER_NODE: usize = 64;
-/// Sessions of a lease at once.
-const SESSIONS: usize = 64;
 /// A lease is of so many pages of RAM at most, 1 TiB: also numbers cost the agent a little.
 const RAM: u64 = (1 << 40) / PAGE;
 /// So many pages are given back at once; more take a thread their time.
 const FEW: u64 = 4096;
 /// Clearing is asked after so often.
 const CLEARING: Duration = Duration::from_millis(50);
-
-/// A lease, and what it holds.
-#[derive(Debug)]
-pub(super) struct Loan {
-    record: Record,
-    pub(super) store: Arc<Store>,
-    sessions: Mutex<Vec<Session>>,
-    /// Connections that use it.
-    connections: AtomicU32,
-    /// When its holder was last heard of.
-    seen: AtomicU64,
-    clock: Arc<Clock>,
-}
-
-/// Milliseconds since the agent started.
-#[derive(Debug)]
-struct Clock {
-    born: Instant,
-    /// When the agent last found that it could not hear anybody for a while.
-    deaf: AtomicU64,
-}
-
-impl Clock {
-    fn now(&self) -> u64 {
-        u64::try_from(self.born.elapsed().as_millis()).unwrap_or(u64::MAX)
-    }
-}
-
-/// A session that opened the lease.
-#[derive(Debug)]
-struct Session {
-    user: User,
-    connections: u32,
-}
-
-impl Loan {
-    fn new(record: Record, store: Store, clock: &Arc<Clock>) -> Arc<Self> {
-        let loan = Self {
-            record,
-            store: Arc::new(store),
-            sessions: Mutex::default(),
-            connections: AtomicU32::new(0),
-            seen: AtomicU64::new(clock.now()),
-            clock: Arc::clone(clock),
-        };
-        Arc::new(loan)
-    }
-
-    pub(super) fn epoch(&self) -> u64 {
-        self.record.epoch
-    }
-
-    /// The holder was heard of.
-    pub(super) fn heard(&self) {
-        self.seen.fetch_max(self.clock.now(), Ordering::SeqCst);
-    }
-
-    fn idle(&self) -> Duration {
-        let seen = self.seen.load(Ordering::SeqCst).max(self.clock.deaf.load(Ordering::SeqCst));
-        Duration::from_millis(self.clock.now().saturating_sub(seen))
-    }
-
-    /// A connection of `user` begins or ends to use it. `false`: the session has not opened it.
-    pub(super) fn connected(&self, user: &User, yes: bool) -> bool {
-        let mut sessions = lock(&self.sessions);
-        let Some(session) = sessions.iter_mut().find(|session| session.user == *user) else { return false };
-        if yes {
-            session.connections += 1;
-            self.connections.fetch_add(1, Ordering::SeqCst);
-        } else {
-            session.connections = session.connections.saturating_sub(1);
-            self.connections.fetch_sub(1, Ordering::SeqCst);
-        }
-        true
-    }
-
-    fn open(&self, user: User) -> Result<(), Refused> {
-        let mut sessions = lock(&self.sessions);
-        if sessions.iter().any(|session| session.user == user) {
-            return Ok(());
-        }
-        if sessions.len() >= SESSIONS {
-            // The oldest that is not connected does not come back, or opens it again.
-            let Some(gone) = sessions.iter().position(|session| session.connections == 0) else {
-                return Err(Refused::Busy("the lease is open in as many sessions as it can be"));
-            };
-            sessions.remove(gone);
-        }
-        sessions.push(Session { user, connections: 0 });
-        Ok(())
-    }
-
-    fn to_lent(&self) -> Lent {
-        let Holder { name, node, .. } = &self.record.holder;
-        Lent {
-            guest: name.clone(),
-            node: node.clone(),
-            epoch: self.record.epoch,
-            ram: self.record.pages * PAGE,
-            quota: self.store.quota() * PAGE,
-            used: self.store.used() * PAGE,
-            connections: self.connections.load(Ordering::SeqCst),
-            idle: u64::try_from(self.idle().as_millis()).unwrap_or(u64::MAX),
-        }
-    }
-}
 
 /// What is counted of a lease.
 pub(crate) struct Sight {
@@ -180,7 +73,7 @@ impl Lender {
     /// Lends what `config` says; nothing without one.
     pub(crate) fn new(config: Option<&config::Memory>, ttl: Duration) -> Arc<Self> {
         let (size, locked, keep) = config.map_or((0, false, ttl), |m| (m.size.0, m.lock, m.keep.0));
-        let clock = Arc::new(Clock { born: Instant::now(), deaf: AtomicU64::new(0) });
+        let clock = Clock::start();
         let (size, keep, loans) = ((size / PAGE).min(usage::MOST), keep.max(ttl), Mutex::default());
         Arc::new(Self { size, locked, ttl, keep, loans, clock })
     }
@@ -260,7 +153,8 @@ impl Lender {
         }
         let (_, count) = loans.of_node(node);
         if loans.by_epoch.len() >= LOANS || count >= PER_NODE {
-            return Err(Refused::Busy("as many guests have memory here as can"));
+            let why = "as many leases are given as can be, in all or to this node".to_owned();
+            return Err(Refused::NoMemory { wait: Duration::ZERO, why });
         }
         self.make_room(&mut loans, node, quota, allowed, overdue)?;
         let holder = Holder { id: asked.holder, name: asked.guest.clone(), node: node.map(str::to_owned) };
@@ -456,7 +350,7 @@ impl Lender {
 
     /// Every holder counts as heard of just now: the agent could not hear them.
     pub(crate) fn heard(&self) {
-        self.clock.deaf.fetch_max(self.clock.now(), Ordering::SeqCst);
+        self.clock.was_deaf();
     }
 
     /// What is lent, for an asker of `node` that may lease `allowed` bytes and know of the leases that `shows` says.

@@ -6,6 +6,7 @@
 
 mod handover;
 mod lender;
+mod loan;
 mod mapping;
 mod record;
 mod serving;

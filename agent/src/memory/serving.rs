@@ -8,7 +8,7 @@ use transport::server::Request;
 use transport::wire::{Body, MAX_PAYLOAD, Status};
 use vmm::memory::store::protocol::{Forget, Malformed, Open, Opened, Pages, Take, opcode};
 
-use super::lender::Loan;
+use super::loan::Loan;
 use super::{PAGE, Refused};
 use crate::policy::Asker;
 use crate::serve::Agent;
