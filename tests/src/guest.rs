@@ -34,6 +34,8 @@ pub struct Guest {
     cmdline: String,
     cpus: u8,
     memory: String,
+    /// Further keys of `[memory]`, and its helpers.
+    paging: String,
     disks: String,
     rest: String,
     options: String,
@@ -49,6 +51,7 @@ impl Guest {
             cmdline: format!("console=ttyS0 quiet omega.test={steps}"),
             cpus: 1,
             memory: "192M".to_owned(),
+            paging: String::new(),
             disks: String::new(),
             rest: String::new(),
             // As confined as ever, but a forbidden system call is named.
@@ -91,6 +94,21 @@ impl Guest {
         self
     }
 
+    /// No more than `local` of its RAM is in its PC's memory; `more` holds further keys of `[memory]`, a line each.
+    pub fn paged(mut self, local: &str, more: &str) -> Self {
+        self.paging = format!("local = \"{local}\"\n{more}\n");
+        self
+    }
+
+    /// A helper that lends it memory: agent, node and size.
+    pub fn memory_helper(mut self, agent: &str, node: &str, size: &str) -> Self {
+        let _ = write!(
+            self.paging,
+            "\n[[memory.helper]]\nagent = \"{agent}\"\nnode = \"{node}\"\nsize = \"{size}\"\n"
+        );
+        self
+    }
+
     /// A disk from a file or device of the PC.
     pub fn disk(mut self, path: &str) -> Self {
         let _ = write!(self.disks, "\n[[disk]]\npath = \"{path}\"\n");
@@ -123,8 +141,16 @@ impl Guest {
     pub fn toml(&self) -> String {
         format!(
             "name = \"{}\"\n\n[kernel]\nimage = \"{}\"\ninitrd = \"{}\"\ncmdline = \"{}\"\n\n[cpu]\ncount = {}\n\n\
-             [memory]\nsize = \"{}\"\n{}\n{}",
-            self.name, self.kernel, self.initrd, self.cmdline, self.cpus, self.memory, self.disks, self.rest
+             [memory]\nsize = \"{}\"\n{}\n{}\n{}",
+            self.name,
+            self.kernel,
+            self.initrd,
+            self.cmdline,
+            self.cpus,
+            self.memory,
+            self.paging,
+            self.disks,
+            self.rest
         )
     }
 

@@ -24,6 +24,8 @@ pub struct Scene {
     pub console: Arc<Pc>,
     /// Serves volumes.
     pub helper: Arc<Pc>,
+    /// Further PCs that lend memory: `helper2` and so on, each a node of that name.
+    pub lenders: Vec<Arc<Pc>>,
     /// Joins them.
     pub lan: Network,
     /// Holds them; last, so that it ends last.
@@ -34,6 +36,11 @@ impl Scene {
     /// Both PCs, with Omega's programs, its unit and the mini guest, in one household that began on the console;
     /// `data` is where the helper's second disk starts from. No agent runs yet.
     pub fn new(name: &str, data: Option<&Path>) -> Result<Self> {
+        Self::with_lenders(name, data, 0)
+    }
+
+    /// The same, with so many further PCs for lending memory.
+    pub fn with_lenders(name: &str, data: Option<&Path>, lenders: usize) -> Result<Self> {
         let lab = Lab::new(name)?;
         let lan = lab.network("lan");
         let console = lab.pc("console").on(&lan);
@@ -42,19 +49,36 @@ impl Scene {
             helper = helper.data(image);
         }
         let [console, helper] = lab.start([console, helper])?;
+        let lenders =
+            (0..lenders).map(|i| lab.pc(&lender(i)).on(&lan).start()).collect::<Result<Vec<_>>>()?;
         let mini = Image::get("mini")?;
         install_omega(&console)?;
         install_image(&console, &mini, "mini")?;
         install_agent(&helper)?;
         console.run("omega ca init --name lab")?.ok()?;
         join(&console, &helper, "helper", Role::Agent)?;
-        Ok(Self { console, helper, lan, lab })
+        for (i, pc) in lenders.iter().enumerate() {
+            install_agent(pc)?;
+            join(&console, pc, &lender(i), Role::Agent)?;
+        }
+        Ok(Self { console, helper, lenders, lan, lab })
+    }
+
+    /// Has the first PC serve these volumes and lend so much memory, and every lender lend as much.
+    pub fn lend(&self, volumes: &[(&str, &str)], memory: &str) -> Result<()> {
+        configure(&self.helper, &self.helper.address(), volumes, &lends(memory))?;
+        self.lenders.iter().try_for_each(|pc| configure(pc, &pc.address(), &[], &lends(memory)))
     }
 
     /// The same, with the Debian guest: its kernel on the console PC, its root on the helper's second disk.
     pub fn with_debian(name: &str) -> Result<Self> {
+        Self::with_debian_and_lenders(name, 0)
+    }
+
+    /// The same, with further PCs for lending memory.
+    pub fn with_debian_and_lenders(name: &str, lenders: usize) -> Result<Self> {
         let debian = Image::get("debian")?;
-        let scene = Self::new(name, Some(&debian.file("disk.raw")))?;
+        let scene = Self::with_lenders(name, Some(&debian.file("disk.raw")), lenders)?;
         install_image(&scene.console, &debian, "debian")?;
         Ok(scene)
     }
@@ -68,6 +92,15 @@ impl Scene {
     pub fn agent(&self) -> String {
         self.helper.address()
     }
+}
+
+fn lender(index: usize) -> String {
+    format!("helper{}", index + 2)
+}
+
+/// The table of an agent's configuration by which it lends so much memory.
+pub fn lends(size: &str) -> String {
+    format!("\n[memory]\nsize = \"{size}\"\n")
 }
 
 /// What a node is there for.
@@ -137,7 +170,12 @@ pub fn install_agent(pc: &Pc) -> Result<()> {
 /// Configures the agent of a PC to listen on `address` and serve these volumes (name and path), and starts it
 /// by its unit. Files that are missing are made, 256 MiB each.
 pub fn serve(pc: &Pc, address: &str, volumes: &[(&str, &str)]) -> Result<()> {
-    let mut config = format!("listen = \"{address}:7420\"\n");
+    configure(pc, address, volumes, "")
+}
+
+/// As [`serve`], with `more` tables in the agent's configuration.
+pub fn configure(pc: &Pc, address: &str, volumes: &[(&str, &str)], more: &str) -> Result<()> {
+    let mut config = format!("listen = \"{address}:7420\"\n{more}");
     let mut devices = String::new();
     for (name, path) in volumes {
         config += &format!("\n[[volume]]\nname = \"{name}\"\npath = \"{path}\"\n");
