@@ -66,12 +66,24 @@ fn pages(bytes: u64) -> u32 {
 }
 
 impl Balloon {
-    /// A balloon.
+    /// A balloon whose pages go back to this PC.
     #[must_use]
     pub fn new(options: Options) -> Self {
+        Self::with_release(options, release)
+    }
+
+    /// A balloon whose pages `release` takes back from the guest: memory, address and length to bytes freed. When it
+    /// returns, their content is worthless to everybody and they read as zeros. It may be asked for what is no RAM,
+    /// or no whole pages, which it passes over.
+    #[must_use]
+    pub fn with_release(
+        options: Options,
+        release: impl Fn(&GuestMemory, GuestAddress, u64) -> io::Result<u64> + Send + 'static,
+    ) -> Self {
         let shared = Arc::new(Shared::default());
         shared.target.store(pages(options.size), Ordering::Release);
-        let backend = BalloonBackend { shared: shared.clone(), chain: Chain::default() };
+        let release = Box::new(release);
+        let backend = BalloonBackend { shared: shared.clone(), chain: Chain::default(), release };
         Self { worker: Worker::new(backend), options, shared }
     }
 
@@ -111,14 +123,18 @@ impl Control {
     }
 }
 
+/// Takes pages back from the guest; see [`Balloon::with_release`].
+type Release = Box<dyn Fn(&GuestMemory, GuestAddress, u64) -> io::Result<u64> + Send>;
+
 struct BalloonBackend {
     shared: Arc<Shared>,
     chain: Chain,
+    release: Release,
 }
 
 impl BalloonBackend {
     fn release(&self, memory: &GuestMemory, address: GuestAddress, len: u64) {
-        match release(memory, address, len) {
+        match (self.release)(memory, address, len) {
             Ok(released) => {
                 self.shared.released.fetch_add(released, Ordering::AcqRel);
             }
@@ -298,6 +314,27 @@ mod tests {
         fill(&machine, 0x10_0000, 64 << 12);
         machine.write(0x2004, 64, 4);
         assert_eq!(control.actual(), 64 * PAGE);
+    }
+
+    #[test]
+    fn whoever_keeps_the_pages_is_told_before_the_guest() {
+        let told = Arc::new(std::sync::Mutex::new(Vec::new()));
+        let list = told.clone();
+        let balloon = Balloon::with_release(Options::default(), move |_, address, len| {
+            list.lock().expect("no panic").push((address.0, len));
+            Ok(len)
+        });
+        let control = balloon.control();
+        let memory = GuestMemory::from_ranges(&[(GuestAddress(0), RAM)]).expect("memory is left");
+        let machine = Harness::stopped(Box::new(balloon), Arc::new(memory));
+        crate::lifecycle::Lifecycle::start(&*machine.function).expect("it starts");
+        let mut queues = machine.run(2, 16);
+        machine.memory.write_obj([9_u32, 7, 8, 20], machine.data(0)).expect("RAM");
+        queues[0].add(&[(machine.data(0), 16)], &[]);
+        queues[0].kick();
+        queues[0].wait();
+        assert_eq!(*told.lock().expect("no panic"), [(7 * PAGE, 3 * PAGE), (20 * PAGE, PAGE)]);
+        assert_eq!(control.released(), 4 * PAGE);
     }
 
     #[test]

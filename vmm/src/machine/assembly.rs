@@ -15,7 +15,7 @@ use devices::virtio::pci::VirtioPci;
 use transport::metrics::Metrics;
 
 use super::parts::{Counters, Device, Parts};
-use super::{Error, Machine, Options, cards, disks, peripherals};
+use super::{Error, Machine, Options, cards, disks, paging, peripherals};
 use crate::config;
 use crate::console::Hub;
 use crate::cpu::{Buses, Gang};
@@ -98,7 +98,10 @@ pub(super) fn assemble(guest: &config::Guest, options: &Options) -> Result<Machi
     let bits = Partition::host_address_bits()?;
     let size = guest.memory.size;
     let layout = Layout::new(size, bits).ok_or(Error::TooMuchMemory { size, bits })?;
-    let ram = Ram::new(&layout, Backing::Private)?;
+    let backing = if guest.memory.local.is_some() { Backing::Shared } else { Backing::Private };
+    let ram = Ram::new(&layout, backing)?;
+    // Before anything touches RAM: what does from here on may fault.
+    let paging = paging::start(&ram, guest, options.identity.as_ref())?;
     let partition = Partition::new(ram.memory().clone(), count)?;
     let high = Some(layout.window_64());
     let mut assembly = Assembly {
@@ -113,7 +116,7 @@ pub(super) fn assemble(guest: &config::Guest, options: &Options) -> Result<Machi
     let pm = platform(&mut assembly, &layout, &options.serial)?;
     disks::add(&mut assembly, guest, options.identity.as_ref())?;
     cards::add(&mut assembly, guest)?;
-    let balloon = peripherals::add(&mut assembly, guest, options.console.as_ref())?;
+    let balloon = peripherals::add(&mut assembly, guest, options.console.as_ref(), paging.as_ref())?;
     pci(&mut assembly)?;
     let vcpus = (0..count).map(|index| partition.vcpu(index)).collect::<Result<Vec<_>, _>>()?;
     let cpus = vcpus
@@ -142,7 +145,7 @@ pub(super) fn assemble(guest: &config::Guest, options: &Options) -> Result<Machi
         life: Mutex::new(()),
         state: 0.into(),
         held: Mutex::default(),
-        paging: None,
+        paging,
         partition,
         ram,
     };

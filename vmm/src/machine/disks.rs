@@ -27,8 +27,7 @@ pub(super) fn add(
     identity: Option<&Arc<Reloading>>,
 ) -> Result<(), Error> {
     for (index, config) in guest.disk.iter().enumerate() {
-        let (disk, more, peer) =
-            open(config, &guest.name, identity).map_err(|why| Error::Disk { index, why })?;
+        let (disk, more, peer) = open(config, guest, identity).map_err(|why| Error::Disk { index, why })?;
         let queues = config.queues.unwrap_or(MAX_QUEUES.min(guest.cpu.count.into()));
         let serial = config.serial.clone().unwrap_or_default();
         let about = disk.describe();
@@ -60,7 +59,7 @@ fn blk_counters(counters: &blk::Counters) -> Vec<(&'static str, u64)> {
 
 type Opened = (Box<dyn Disk>, Counters, Option<Arc<Metrics>>);
 
-fn open(config: &config::Disk, guest: &str, identity: Option<&Arc<Reloading>>) -> Result<Opened, String> {
+fn open(config: &config::Disk, guest: &Guest, identity: Option<&Arc<Reloading>>) -> Result<Opened, String> {
     match (&config.path, &config.remote) {
         (Some(path), None) => {
             let options = FileOptions {
@@ -68,10 +67,13 @@ fn open(config: &config::Disk, guest: &str, identity: Option<&Arc<Reloading>>) -
                 read_only: config.read_only,
                 direct: if config.direct { Direct::On } else { Direct::Auto },
             };
-            let disk = FileDisk::open(&options).map_err(|error| error.to_string())?;
+            let mut disk = FileDisk::open(&options).map_err(|error| error.to_string())?;
+            if guest.memory.local.is_some() {
+                disk = disk.for_memory_that_moves();
+            }
             Ok((Box::new(disk), Box::new(Vec::new), None))
         }
-        (None, Some(remote)) => open_remote(remote, config.read_only, guest, identity),
+        (None, Some(remote)) => open_remote(remote, config.read_only, &guest.name, identity),
         _ => Err("give either `path` or `remote`".into()),
     }
 }

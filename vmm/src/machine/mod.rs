@@ -47,7 +47,7 @@ use crate::memory;
 pub struct Options {
     /// Start although this PC's KVM cannot run stock kernels.
     pub allow_unfit_kvm: bool,
-    /// Who this PC is to the agents of the guest's disks, if it has an identity.
+    /// Who this PC is to the agents of the guest's disks and memory, if it has an identity.
     pub identity: Option<Arc<Reloading>>,
     /// Where unpacked kernels are kept; nowhere: they are unpacked at each start.
     pub cache: Option<PathBuf>,
@@ -145,6 +145,12 @@ pub enum Error {
     /// Memory on other PCs cannot be handled.
     #[error(transparent)]
     Paging(#[from] memory::fault::Error),
+    /// A helper cannot be trusted.
+    #[error("{0}")]
+    Helper(String),
+    /// The helpers do not lend what the guest needs.
+    #[error(transparent)]
+    Lend(#[from] memory::store::ConnectError),
     /// It stands still for its memory.
     #[error("The guest waits for memory on a PC that is away")]
     AwaitsMemory,

@@ -16,12 +16,15 @@ use std::sync::{Arc, TryLockError};
 use std::time::{Duration, Instant};
 
 use devices::thread::{Role, spawn};
+use transport::identity::{Reloading, Security};
 
 use super::parts::{Parts, lock};
-use super::{Error, Exit};
+use super::{Error, Exit, agents};
+use crate::config;
 use crate::control::{State, Waiting};
-use crate::memory::fault::Engine;
-use crate::memory::store::{Control, Health, Stuck};
+use crate::memory::Ram;
+use crate::memory::fault::{self, Engine, Pieces, Shards, handlers};
+use crate::memory::store::{Connected, Control, Health, Helper, OnLoss, Source, Stuck, Terms, connect};
 
 /// A helper that answers again within this time only made the guest slow.
 const GRACE: Duration = Duration::from_secs(1);
@@ -36,6 +39,67 @@ pub(super) struct Paging {
     pub(super) engine: Engine,
     pub(super) control: Arc<Control>,
     pub(super) health: Arc<Health>,
+}
+
+/// Has the helpers of `guest` lend what it needs, and handles the faults of `ram` from now on; `None` for a guest whose
+/// memory is all here. Nobody may have touched `ram` yet.
+pub(super) fn start(
+    ram: &Ram,
+    guest: &config::Guest,
+    identity: Option<&Arc<Reloading>>,
+) -> Result<Option<Arc<Paging>>, Error> {
+    let Some(local) = guest.memory.local else { return Ok(None) };
+    let pieces = Pieces::new(guest.memory.size);
+    let handlers = (handlers(guest.cpu.count.into()) as u32).min(pieces.count());
+    let shards = Shards::new(pieces, handlers);
+    let helpers = helpers(guest, identity)?;
+    let terms = terms(guest, shards);
+    let names: Vec<&str> = helpers.iter().map(|helper| helper.agent.as_str()).collect();
+    tracing::info!("Asking {} for memory", names.join(", "));
+    let asked = Instant::now();
+    let Connected { stores, control, health } = connect(&helpers, &terms)?;
+    tracing::info!(
+        "The memory asked for is there: {} of RAM, up to {local} of it on this PC (took {} ms)",
+        guest.memory.size,
+        asked.elapsed().as_millis()
+    );
+    let sources = stores.into_iter().map(|store| Box::new(store) as Box<dyn Source>).collect();
+    let engine = Engine::start(ram, sources, fault::Options { local })?;
+    Ok(Some(Arc::new(Paging { engine, control, health })))
+}
+
+fn terms(guest: &config::Guest, shards: Shards) -> Terms {
+    let on_loss = match guest.memory.on_loss {
+        config::OnLoss::None => OnLoss::None,
+        config::OnLoss::Mirror => OnLoss::Mirror,
+        config::OnLoss::LocalDisk => OnLoss::LocalDisk,
+    };
+    let mut terms = Terms::new(&guest.name, &agents::client(&guest.name), shards, on_loss);
+    terms.swap_file.clone_from(&guest.memory.swap_file);
+    if let Some(patience) = guest.memory.patience {
+        terms.patience = patience.0;
+    }
+    terms
+}
+
+fn helpers(guest: &config::Guest, identity: Option<&Arc<Reloading>>) -> Result<Vec<Helper>, Error> {
+    guest.memory.helper.iter().map(|config| helper(config, identity).map_err(Error::Helper)).collect()
+}
+
+/// How a helper of the configuration is reached; or why it cannot be trusted.
+fn helper(config: &config::Helper, identity: Option<&Arc<Reloading>>) -> Result<Helper, String> {
+    let peer = config::Peer::from(config);
+    let security = agents::security(&peer, identity)?;
+    if config.insecure {
+        tracing::warn!(
+            "INSECURE: the guest's memory goes to {} over plain TCP: whoever is on the network between may read and \
+             change it",
+            config.agent
+        );
+    }
+    let node = matches!(security, Security::Tls(_)).then(|| peer.expected_node()).flatten();
+    let transport = agents::transport(&peer);
+    Ok(Helper { agent: config.agent.clone(), node, security, transport, size: config.size.0 })
 }
 
 impl Paging {

@@ -1,9 +1,13 @@
 //! The guest's small virtio devices: entropy, console, balloon.
 
+use std::io;
+use std::sync::Arc;
+
 use devices::virtio::{balloon, console, rng};
 
 use super::Error;
 use super::assembly::Assembly;
+use super::paging::Paging;
 use super::parts::Counters;
 use crate::config::Guest;
 use crate::console::Hub;
@@ -13,6 +17,7 @@ pub(super) fn add(
     assembly: &mut Assembly,
     guest: &Guest,
     hub: Option<&Hub>,
+    paging: Option<&Arc<Paging>>,
 ) -> Result<Option<balloon::Control>, Error> {
     if guest.rng.enabled {
         let about = "entropy from this PC's kernel".into();
@@ -27,7 +32,14 @@ pub(super) fn add(
     }
     let Some(config) = &guest.balloon else { return Ok(None) };
     let free_page_reporting = config.free_page_reporting;
-    let device = balloon::Balloon::new(balloon::Options { size: config.size.0, free_page_reporting });
+    let options = balloon::Options { size: config.size.0, free_page_reporting };
+    let device = match paging.map(Arc::clone) {
+        // Wherever the pages are, nobody keeps anything of them when the guest is told.
+        Some(paging) => balloon::Balloon::with_release(options, move |_, address, len| {
+            paging.engine.discard(address, len).map_err(io::Error::other)
+        }),
+        None => balloon::Balloon::new(options),
+    };
     let control = device.control();
     let counted = device.control();
     let counters: Counters =

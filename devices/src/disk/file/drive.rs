@@ -29,6 +29,8 @@ pub struct FileDisk {
     zeros: Buffer,
     /// Whether the file system can say that a read would wait.
     at_once: bool,
+    /// See [`FileDisk::for_memory_that_moves`].
+    moves: bool,
     /// Flushes: the first is with the kernel, the others wait for it. The kernel reports what it could not
     /// write to one of several flushes only, and the others must not succeed before that is known.
     flushes: VecDeque<u32>,
@@ -73,8 +75,19 @@ impl FileDisk {
             free: Vec::new(),
             zeros: Buffer::empty(),
             at_once: true,
+            moves: false,
             flushes: VecDeque::new(),
         }
+    }
+
+    /// For memory of a guest whose pages come and go: past the page cache, the device would write into the pages that
+    /// were there when a read began, while the guest has others by the time it ends. So such reads go into memory of
+    /// our own and are copied, as those into badly aligned memory are. Writes only read the pages, which hold what the
+    /// guest wrote even when they are not its own any more.
+    #[must_use]
+    pub fn for_memory_that_moves(mut self) -> Self {
+        self.moves = true;
+        self
     }
 
     /// How many requests are in flight.
@@ -299,7 +312,10 @@ impl Disk for FileDisk {
         let bounce = self
             .image
             .direct
-            .filter(|&align| !aligned::is_aligned(&request.buffer, align))
+            .filter(|&align| {
+                let pinned = self.moves && request.operation == Operation::Read;
+                pinned || !aligned::is_aligned(&request.buffer, align)
+            })
             .map(|align| aligned::zeroed(request.buffer.len(), align.max(512)));
         if let (Some(bounce), Operation::Write) = (&bounce, request.operation) {
             aligned::copy(&request.buffer, bounce);
