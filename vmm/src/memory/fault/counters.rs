@@ -75,8 +75,12 @@ numbers! {
     fetched,
     /// Pages fetched ahead of need.
     fetched_ahead,
-    /// Pages fetched ahead of need that were given up untouched, as far as that is known.
-    wasted,
+    /// Of these, pages that their stream has gone on beyond.
+    ahead_used,
+    /// Of these, pages that it has not.
+    ahead_unused,
+    /// Of one page in each request ahead, those that were given up untouched.
+    ahead_wasted,
     /// Pages stored at the source.
     stored,
     /// Pages taken out of memory.

@@ -17,6 +17,9 @@ const AT_ONCE: (u64, u64) = (16, 128);
 /// So many runs of pages are looked at, likewise.
 const LOOKS: (u32, u32) = (1, 4);
 
+/// For fewer than so many pages it does not begin: what follows each other is given up together.
+const PAYS: u64 = 8;
+
 /// After so many rounds without success the search ends until something happens.
 const IN_VAIN: u32 = 64;
 
@@ -37,7 +40,7 @@ impl Handler {
         self.unfinished = false;
         let reserve = self.reserve();
         let wanted = reserve.saturating_sub(self.free() + self.ledger.census().storing);
-        if wanted == 0 || self.in_vain >= IN_VAIN {
+        if wanted < PAYS.min(reserve / 4) || self.in_vain >= IN_VAIN {
             return Ok(());
         }
         let short = self.free() < reserve / 2;
@@ -66,7 +69,7 @@ impl Handler {
         let mapped = self.frames.look(self.ledger.page(run.start), run.len());
         self.ageing.looked(run.clone(), |index| mapped >> (index - run.start) & 1 != 0);
         for index in self.ageing.wasted() {
-            self.tally.wasted.add(1);
+            self.tally.ahead_wasted.add(1);
             self.streams.unused(index as usize);
         }
         Ok(())

@@ -68,6 +68,8 @@ pub(super) struct Handler {
     pub(super) in_vain: u32,
     /// Pages fetched ahead that are to wait for their fault once they are here.
     to_park: Vec<usize>,
+    /// The page of an answer that is not mapped when it is installed, so that it will show whether it was used.
+    watched: Option<usize>,
     /// Pages that do.
     parked: Vec<(usize, Buffer)>,
     /// Something was asked of the source that its next tick should send.
@@ -124,6 +126,7 @@ impl Handler {
             victims: Vec::with_capacity(256),
             in_vain: 0,
             to_park: Vec::with_capacity(PARKED),
+            watched: None,
             parked: Vec::with_capacity(PARKED),
             asked: false,
             unfinished: false,
@@ -162,6 +165,9 @@ impl Handler {
                 due = self.tick()?;
             }
             self.ledger.census().show(&self.tally);
+            let accuracy = self.streams.accuracy();
+            self.tally.ahead_used.set(accuracy.used);
+            self.tally.ahead_unused.set(accuracy.unused);
             self.wait(due)?;
         }
         self.mailbox.close();
@@ -235,8 +241,15 @@ impl Handler {
         let holds = |place: Place| place.resident() || place == Place::Parked;
         match (holds(before.place()), holds(step.state.place())) {
             (false, true) => {
-                let ahead = before.place() == Place::Fetching && !before.awaited();
-                self.ageing.installed(index, if ahead { Arrival::Ahead } else { Arrival::Fault });
+                let arrival = match before.place() {
+                    Place::Fetching if before.awaited() => Arrival::Fault,
+                    Place::Fetching if step.state.place() == Place::Parked || self.watched == Some(index) => {
+                        Arrival::Watched
+                    }
+                    Place::Fetching => Arrival::Ahead,
+                    _ => Arrival::Fault,
+                };
+                self.ageing.installed(index, arrival);
             }
             (true, false) => self.ageing.gone(index),
             (true, true) if matches!(event, Event::Fault { .. }) => self.ageing.accessed(index),
@@ -373,7 +386,10 @@ impl Handler {
             return Err(io::Error::other("the source brought parts of pages"));
         }
         let mut runs = Runs::new();
-        for index in self.indices(first, count)? {
+        let indices = self.indices(first, count)?;
+        self.watched =
+            indices.clone().next_back().filter(|last| count > 1 && self.ledger.state(*last).ahead());
+        for index in indices {
             let page = self.ledger.page(index);
             let park = self.to_park.iter().position(|other| *other == index);
             let park = park.map(|at| self.to_park.swap_remove(at)).is_some();
@@ -394,7 +410,15 @@ impl Handler {
                 self.arrived(index);
             }
         }
-        runs.end().map_or(Ok(()), |run| self.install(first, content, run))
+        if let Some(run) = runs.end() {
+            self.install(first, content, run)?;
+        }
+        if let Some(index) = self.watched.take()
+            && self.ledger.state(index).place().resident()
+        {
+            self.frames.look(self.ledger.page(index), 1);
+        }
+        Ok(())
     }
 
     /// Installs a part of what was fetched.

@@ -118,6 +118,12 @@ impl State {
         self.has(AWAITED)
     }
 
+    /// Whether it is on its way though nobody waits for it.
+    #[must_use]
+    pub(super) fn ahead(self) -> bool {
+        self.place() == Place::Fetching && !self.awaited()
+    }
+
     /// Whether a store is in flight.
     #[must_use]
     pub(super) fn storing(self) -> bool {
