@@ -243,7 +243,7 @@ impl Core {
             News::Left(why) => {
                 self.lost(place, &why, now);
                 self.places[place].left = true;
-                self.health.stands(place, self.shard as usize, Standing::Left { why });
+                self.health.stands(place, self.shard as usize, &Standing::Left { why });
             }
             News::Answer(tag, outcome) => self.answered(place, tag, outcome, now),
         }
@@ -251,7 +251,7 @@ impl Core {
 
     fn here(&mut self, place: usize, now: Instant) {
         (self.places[place].serving, self.places[place].dropped) = (true, false);
-        self.health.stands(place, self.shard as usize, Standing::Here);
+        self.health.stands(place, self.shard as usize, &Standing::Here);
         self.repair = true;
         self.reroute(now);
     }
@@ -262,7 +262,7 @@ impl Core {
             at.away = now;
         }
         let standing = Standing::Away { since: at.away, why };
-        self.health.stands(place, self.shard as usize, standing);
+        self.health.stands(place, self.shard as usize, &standing);
         self.reroute(now);
     }
 

@@ -165,7 +165,7 @@ impl SwapFile {
         let slot = completion.token.payload() as usize;
         let Some((mut transfer, _)) = self.flying.try_remove(slot) else { return true };
         match completion.count() {
-            Ok(0) => self.fail(io::ErrorKind::UnexpectedEof.into(), news),
+            Ok(0) => self.fail(&io::ErrorKind::UnexpectedEof.into(), news),
             Ok(count) => {
                 transfer.done += count;
                 if transfer.done < transfer.buffer.len() {
@@ -177,16 +177,16 @@ impl SwapFile {
                 }
             }
             Err(e) if matches!(e.raw_os_error(), Some(libc::EINTR | libc::EAGAIN)) => {
-                self.submit(ring, transfer)
+                self.submit(ring, transfer);
             }
-            Err(e) => self.fail(e, news),
+            Err(e) => self.fail(&e, news),
         }
         self.start(ring);
         true
     }
 
     /// A disk that failed once is not trusted again.
-    fn fail(&mut self, error: io::Error, news: &mut Vec<News>) {
+    fn fail(&mut self, error: &io::Error, news: &mut Vec<News>) {
         self.waiting.clear();
         if !std::mem::replace(&mut self.failed, true) {
             tracing::error!(%error, "The swap file fails; pages have their copies on helpers only from now on");

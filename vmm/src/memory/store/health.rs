@@ -174,10 +174,10 @@ impl Health {
         let _ = self.bell.write(1);
     }
 
-    pub(super) fn stands(&self, place: usize, shard: usize, standing: Standing) {
+    pub(super) fn stands(&self, place: usize, shard: usize, standing: &Standing) {
         self.change(|state| {
             let view = state.places.get_mut(place).and_then(|place| place.views.get_mut(shard));
-            view.is_some_and(|view| std::mem::replace(&mut view.standing, standing.clone()) != standing)
+            view.is_some_and(|view| std::mem::replace(&mut view.standing, standing.clone()) != *standing)
         });
     }
 
@@ -308,7 +308,7 @@ mod tests {
         let health = Health::new(2).expect("an eventfd");
         let views = || (0..2).map(|_| (Arc::default(), None)).collect();
         assert_eq!((health.add("a", views()), health.add("b", views())), (0, 1));
-        (0..2).for_each(|place| (0..2).for_each(|shard| health.stands(place, shard, Standing::Here)));
+        (0..2).for_each(|place| (0..2).for_each(|shard| health.stands(place, shard, &Standing::Here)));
         health
     }
 
@@ -316,14 +316,14 @@ mod tests {
     fn a_helper_is_away_if_one_handler_misses_it() {
         let health = health();
         let since = Instant::now();
-        health.stands(1, 0, Standing::Away { since, why: "cut".to_owned() });
+        health.stands(1, 0, &Standing::Away { since, why: "cut".to_owned() });
         health.stuck(0, Some(1), since);
         let report = health.report();
         assert_eq!(report.helpers[0].standing, Standing::Here);
         assert!(matches!(report.helpers[1].standing, Standing::Away { .. }));
         let why = "cut".to_owned();
         assert_eq!(report.stuck, Some(Stuck { helper: "b".to_owned(), since, why }));
-        health.stands(1, 0, Standing::Here);
+        health.stands(1, 0, &Standing::Here);
         health.stuck(0, None, since);
         assert_eq!(health.report().stuck, None);
     }
@@ -333,7 +333,7 @@ mod tests {
         let health = health();
         let version = health.report().version;
         health.hush();
-        health.stands(0, 0, Standing::Here);
+        health.stands(0, 0, &Standing::Here);
         assert_eq!(health.wait(version, Duration::ZERO).version, version);
         assert!(health.bell.read().is_err(), "nothing rang");
         health.lost(1, 3, "killed");

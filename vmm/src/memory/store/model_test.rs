@@ -230,7 +230,7 @@ impl World {
                 let run = self.run(|known| matches!(known, Known::Nothing | Known::Kept(_)));
                 if !run.is_empty() {
                     self.core.forget(Page(run.start), (run.end - run.start) as u32, self.now);
-                    run.for_each(|page| drop(self.known.insert(page, Known::Nothing)));
+                    self.known.extend(run.map(|page| (page, Known::Nothing)));
                 }
             }
         }

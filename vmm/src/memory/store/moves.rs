@@ -259,7 +259,7 @@ impl Core {
         at.cleanups.clear();
         (at.left, at.leave, at.serving) = (true, true, false);
         let why = "everything was moved to others".to_owned();
-        self.health.stands(place, self.shard as usize, Standing::Left { why });
+        self.health.stands(place, self.shard as usize, &Standing::Left { why });
     }
 
     /// `false`: it has fewer copies than it should, and nobody has room.

@@ -400,7 +400,7 @@ impl Remote {
             Phase::Serving | Phase::Opening if self.up => self.release(now),
             // A guest that ends as soon as it began.
             Phase::Apart if self.holding.taken.is_some() && self.channel.is_some() => {
-                self.phase = Phase::Leaving
+                self.phase = Phase::Leaving;
             }
             // It will expire, if it is not over.
             _ => self.phase = Phase::Closed,
