@@ -506,6 +506,9 @@ fn wind_up(agent: &Agent, timeout: Duration) -> bool {
     if left > 0 {
         tracing::warn!(left, ?timeout, "Connections did not end in time; their peers will ask again");
     }
+    if let Some(lost) = agent.memory.loses() {
+        tracing::warn!(%lost, "The memory of guests that is stored here ends with this process: nothing keeps it");
+    }
     let flushed = agent.flush();
     match (flushed, left) {
         (true, 0) => tracing::info!("Stopped; everything acknowledged is on stable storage"),

@@ -456,7 +456,9 @@ fn without_systemd_a_restart_loses_memory_and_says_so() {
     let mut agent = Agent::start(MEMORY);
     let mut guest = Guest::new(&agent, 1, 100);
     guest.store(0, content(0, 100, 1));
-    agent.restart();
+    agent.end(Signal::SIGTERM);
+    wait_for("a word about it", &agent, || agent.log().contains("ends with this process"));
+    agent.run();
     assert_eq!(guest.try_fetch(0, 1).status, status::GONE);
     assert_eq!(guest.open(), Err(status::GONE));
     let confirm = Take { expected: guest.lease.epoch, ..want(1, 100) };

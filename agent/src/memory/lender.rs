@@ -379,6 +379,12 @@ impl Lender {
         }
     }
 
+    /// What is lost when the process ends, if something is.
+    pub(crate) fn loses(&self) -> Option<Bytes> {
+        let [.., used] = self.totals();
+        (used > 0 && !handover::is_possible()).then_some(Bytes(used))
+    }
+
     /// Bytes lent, leased, and held.
     pub(crate) fn totals(&self) -> [u64; 3] {
         let loans = lock(&self.loans);

@@ -149,7 +149,8 @@ impl Mapping {
         unsafe { Buffer::from_iovecs(owner, &[segment]) }
     }
 
-    /// Copies `content` to `offset`. Whoever is out of memory is told so here, rather than killed by a fault.
+    /// Copies `content` to `offset`. Where no memory may be had (as by the kernel's overcommit limit) this fails; a
+    /// fault would kill.
     ///
     /// # Errors
     /// No memory is left. Some of it may have been written.
