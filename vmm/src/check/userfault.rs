@@ -20,7 +20,7 @@ pub(super) fn line() -> Line {
         Ok(opened) => opened,
         Err(why) => {
             return Line::missing(name, format!("userfaultfd is refused: {why}"))
-                .why("memory on other PCs (not in this version) needs it")
+                .why("memory on other PCs needs it")
                 .mend(
                     "install a kernel with CONFIG_USERFAULTFD, or allow the call in the container's filter",
                 );
@@ -36,7 +36,7 @@ pub(super) fn line() -> Line {
         lacking.iter().map(|(_, what, since)| format!("{what} (Linux {since})")).collect();
     if let Access::UserOnly = access {
         return Line::degraded(name, "for faults of user mode only")
-            .why("a guest's faults are the kernel's; memory on other PCs (not in this version) must see them")
+            .why("a guest's faults are the kernel's; memory on other PCs must see them")
             .mend(if sys::number("/proc/sys/vm/unprivileged_userfaultfd") == Some(0) {
                 "sudo sysctl vm.unprivileged_userfaultfd=1, or sudo setfacl -m u:$USER:rw /dev/userfaultfd"
             } else {
@@ -45,7 +45,7 @@ pub(super) fn line() -> Line {
     }
     if !needed {
         return Line::degraded(name, format!("without {}", said.join(", ")))
-            .why("memory on other PCs (not in this version) needs it")
+            .why("memory on other PCs needs it")
             .mend("install Linux 5.19 or newer");
     }
     if said.is_empty() {

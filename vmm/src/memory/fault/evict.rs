@@ -20,7 +20,8 @@ const LOOKS: (u32, u32) = (1, 4);
 /// For fewer than so many pages it does not begin: what follows each other is given up together.
 const PAYS: u64 = 8;
 
-/// After so many rounds without success the search ends until something happens.
+/// After so many rounds without success the search ends until something happens; if somebody waits for memory, it
+/// only goes on more slowly, because nothing else may happen.
 const IN_VAIN: u32 = 64;
 
 /// So many pages that follow each other are stored at once.
@@ -40,7 +41,7 @@ impl Handler {
         self.unfinished = false;
         let reserve = self.reserve();
         let wanted = reserve.saturating_sub(self.free() + self.ledger.census().storing);
-        if wanted < PAYS.min(reserve / 4) || self.in_vain >= IN_VAIN {
+        if wanted < PAYS.min(reserve / 4) || self.in_vain >= IN_VAIN && !self.starves() {
             return Ok(());
         }
         let short = self.free() < reserve / 2;
@@ -55,7 +56,7 @@ impl Handler {
         let mut victims = std::mem::take(&mut self.victims);
         self.ageing.victims(now as usize, &mut victims);
         self.in_vain = if victims.is_empty() { self.in_vain + 1 } else { 0 };
-        self.unfinished = wanted > victims.len() as u64;
+        self.unfinished = wanted > victims.len() as u64 && self.in_vain < IN_VAIN;
         victims.sort_unstable();
         self.give_up(&victims)?;
         victims.clear();

@@ -39,6 +39,9 @@ pub(super) struct Post {
 /// Operations that the ring takes at once.
 const ENTRIES: u32 = 256;
 
+/// While somebody waits for memory, pages to give up are looked for so often.
+const SEARCH_EVERY: Duration = Duration::from_millis(1);
+
 /// What completes on the ring besides what the source waits for.
 const FAULTS: u64 = 0;
 const MAIL: u64 = 1;
@@ -187,11 +190,12 @@ impl Handler {
     /// Waits for whatever comes first.
     fn wait(&mut self, due: Option<Instant>) -> io::Result<()> {
         let at_once = self.asked || self.readable || self.mail || self.unfinished;
-        let timeout = if at_once {
-            Some(Duration::ZERO)
-        } else {
-            due.map(|due| due.saturating_duration_since(Instant::now()))
-        };
+        let mut timeout = due.map(|due| due.saturating_duration_since(Instant::now()));
+        if at_once {
+            timeout = Some(Duration::ZERO);
+        } else if self.starves() {
+            timeout = Some(timeout.map_or(SEARCH_EVERY, |timeout| timeout.min(SEARCH_EVERY)));
+        }
         self.ring.wait(timeout)?;
         while let Some(completion) = self.ring.reap() {
             self.in_vain = 0;
@@ -227,6 +231,11 @@ impl Handler {
             self.faults = faults;
         }
         Ok(())
+    }
+
+    /// Whether somebody waits for memory.
+    pub(super) fn starves(&self) -> bool {
+        !self.starved.is_empty()
     }
 
     /// How many pages more may be in memory.
