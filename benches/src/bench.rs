@@ -41,20 +41,22 @@ impl Readings {
 pub struct Bench {
     /// Fewer and shorter repetitions: for trying the benchmarks themselves.
     pub quick: bool,
+    only: Vec<String>,
     started: Instant,
     directory: TempDir,
 }
 
 impl Bench {
-    /// A run whose files are under `target/bench`.
+    /// A run whose files are under `target/bench`, of the figures whose names begin with one of `only`; of all if
+    /// that is empty.
     ///
     /// # Errors
     /// The directory cannot be made.
-    pub fn new(quick: bool) -> Result<Self> {
+    pub fn new(quick: bool, only: Vec<String>) -> Result<Self> {
         let base = target().join("bench");
         std::fs::create_dir_all(&base).with_context(|| format!("Cannot make {}", base.display()))?;
         let directory = tempfile::Builder::new().prefix("run-").tempdir_in(&base)?;
-        Ok(Self { quick, started: Instant::now(), directory })
+        Ok(Self { quick, only, started: Instant::now(), directory })
     }
 
     /// A directory that goes away with the run.
@@ -94,9 +96,15 @@ impl Bench {
         Ok(path)
     }
 
-    /// Runs `suite` and reports all its figures whose name `wanted` accepts.
-    pub fn run(&self, suite: &Suite, wanted: impl Fn(&str) -> bool) -> Vec<Figure> {
-        let specs: Vec<&Spec> = suite.specs.iter().filter(|spec| wanted(spec.name)).collect();
+    /// Whether a figure is to be measured.
+    #[must_use]
+    pub fn wants(&self, name: &str) -> bool {
+        self.only.is_empty() || self.only.iter().any(|only| name.starts_with(only))
+    }
+
+    /// Runs `suite` and reports all its figures that are wanted.
+    pub fn run(&self, suite: &Suite) -> Vec<Figure> {
+        let specs: Vec<&Spec> = suite.specs.iter().filter(|spec| self.wants(spec.name)).collect();
         if specs.is_empty() {
             return Vec::new();
         }

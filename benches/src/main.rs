@@ -55,10 +55,8 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments) -> Result<()> {
-    let bench = Bench::new(arguments.quick)?;
-    let wanted =
-        |name: &str| arguments.only.is_empty() || arguments.only.iter().any(|only| name.starts_with(only));
-    let figures: Vec<Figure> = suite::ALL.iter().flat_map(|suite| bench.run(suite, wanted)).collect();
+    let bench = Bench::new(arguments.quick, arguments.only.clone())?;
+    let figures: Vec<Figure> = suite::ALL.iter().flat_map(|suite| bench.run(suite)).collect();
     let path = target().join("bench/summary.json");
     let text = serde_json::to_string_pretty(&figures)?;
     std::fs::write(&path, format!("{text}\n")).with_context(|| format!("Cannot write {}", path.display()))?;
