@@ -135,13 +135,18 @@ impl Controlled for Controller {
                 groups.insert(device.name.clone(), group.collect());
             }
         }
+        if let Some(paging) = &self.parts.paging {
+            groups.extend(paging.counters());
+        }
         groups
     }
 
     fn peers(&self) -> Peers {
         let peer =
             |device: &super::parts::Device| Some((device.name.clone(), device.peer.as_ref()?.snapshot()));
-        self.parts.devices.iter().filter_map(peer).collect()
+        let mut peers: Peers = self.parts.devices.iter().filter_map(peer).collect();
+        peers.extend(self.parts.paging.iter().flat_map(|paging| paging.peers()));
+        peers
     }
 
     fn set_balloon(&self, target: Bytes) -> Result<(), control::Error> {

@@ -21,6 +21,7 @@ mod controller;
 mod disks;
 mod ending;
 mod keeper;
+mod lent;
 mod paging;
 mod parts;
 mod peripherals;
