@@ -215,15 +215,16 @@ pub fn connect(helpers: &[Helper], terms: &Terms) -> Result<Connected, ConnectEr
         for ((((core, links), remote), counters), room) in
             cores.iter_mut().zip(remotes).zip(counters).zip(room)
         {
-            core.add(counters, *room, false, now);
+            core.add(&helper.agent, counters, *room, false, now);
             links.push(Link::Helper(Box::new(remote)));
         }
     }
     if let Some((path, file)) = file {
         let counters: Vec<Arc<Counters>> = cores.iter().map(|_| Arc::default()).collect();
-        health.add(&path.display().to_string(), counters.iter().cloned().map(|c| (c, None)).collect());
+        let name = path.display().to_string();
+        health.add(&name, counters.iter().cloned().map(|c| (c, None)).collect());
         for ((core, links), counters) in cores.iter_mut().zip(counters) {
-            core.add(counters, pieces.count(), true, now);
+            core.add(&name, counters, pieces.count(), true, now);
             links.push(Link::File(Box::new(SwapFile::new(file.try_clone()?))));
         }
     }

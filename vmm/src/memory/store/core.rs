@@ -44,6 +44,8 @@ pub(super) struct Settings {
 
 /// A helper, or the local file.
 pub(super) struct Place {
+    /// For people.
+    pub(super) name: String,
     pub(super) counters: Arc<Counters>,
     pub(super) serving: bool,
     /// Since when it is not.
@@ -68,6 +70,8 @@ pub(super) struct Place {
     pub(super) leave: bool,
     /// It was said that it is given up on.
     pub(super) dropped: bool,
+    /// It was said that it lacks pages.
+    pub(super) lacks: bool,
 }
 
 /// A request of the handler, or a copying from one place to another.
@@ -135,6 +139,8 @@ pub(super) struct Core {
     pub(super) drop_at: Instant,
     pub(super) hedge_at: Instant,
     pub(super) stuck: bool,
+    /// Pieces with fewer copies than they should have.
+    pub(super) degraded: u64,
     /// What the handler is to be told.
     pub(super) done: Vec<Done>,
 }
@@ -167,14 +173,23 @@ impl Core {
             drop_at: now,
             hedge_at: now,
             stuck: false,
+            degraded: 0,
             done: Vec::new(),
         }
     }
 
     /// Another place, with room for so many pieces of this shard; the local file has room for all.
-    pub(super) fn add(&mut self, counters: Arc<Counters>, room: u32, file: bool, now: Instant) -> usize {
+    pub(super) fn add(
+        &mut self,
+        name: &str,
+        counters: Arc<Counters>,
+        room: u32,
+        file: bool,
+        now: Instant,
+    ) -> usize {
         counters.room.store(room.into(), Ordering::Relaxed);
         self.places.push(Place {
+            name: name.to_owned(),
             counters,
             serving: false,
             away: now,
@@ -190,6 +205,7 @@ impl Core {
             cleanups: Vec::new(),
             leave: false,
             dropped: false,
+            lacks: false,
         });
         self.repair = true;
         self.places.len() - 1
@@ -295,9 +311,9 @@ impl Core {
             self.pieces[*piece].will_ask(pages.clone(), false);
         }
         bereft.into_iter().for_each(|op| self.bereft(op, why, now));
-        let name = self.places[place].file;
         if lost > 0 {
-            tracing::error!(place, file = name, pages = lost, why, "Pages of the guest's memory are lost");
+            let helper = &self.places[place].name;
+            tracing::error!(%helper, pages = lost, why, "Pages of the guest's memory are lost");
         }
         self.repair = true;
     }

@@ -181,7 +181,7 @@ impl World {
         let name = format!("pc{}", self.pcs.len());
         let counters = Arc::default();
         self.core.health.add(&name, vec![(Arc::default(), None), (Arc::clone(&counters), None)]);
-        self.core.add(counters, 4, file, self.now);
+        self.core.add(&name, counters, 4, file, self.now);
         self.pcs.push(Pc { file, ..Pc::default() });
         if file {
             self.connect(self.pcs.len() - 1);

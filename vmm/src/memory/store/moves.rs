@@ -183,9 +183,8 @@ impl Core {
             }
             if !std::mem::replace(&mut self.places[place].dropped, true) {
                 let pieces = gone.len();
-                tracing::warn!(
-                    place,
-                    pieces,
+                let helper = &self.places[place].name;
+                tracing::warn!(%helper, pieces,
                     "A helper is away for too long: its copies do not count any more"
                 );
             }
@@ -227,6 +226,14 @@ impl Core {
         let mut degraded = 0;
         for piece in 0..self.pieces.len() {
             degraded += u64::from(!self.repair_piece(piece, now));
+        }
+        match (std::mem::replace(&mut self.degraded, degraded), degraded) {
+            (0, 1..) => {
+                let (shard, pieces) = (self.shard, degraded);
+                tracing::warn!(shard, pieces, "Some of the guest's memory has fewer copies than it should");
+            }
+            (1.., 0) => tracing::info!(shard = self.shard, "All of the guest's memory has its copies again"),
+            _ => {}
         }
         self.health.degraded(self.shard as usize, degraded);
         for op in std::mem::take(&mut self.homeless) {
@@ -295,14 +302,15 @@ impl Core {
     /// Who is leaving goes when others have everything.
     fn dismiss_leaving(&mut self, piece: usize, now: Instant) {
         let copies = &self.pieces[piece];
-        let slots: SmallVec<[u8; 3]> = copies.members().map(|copy| copy.slot).collect();
-        let spare =
-            copies.at.iter().filter(|copy| copy.role == Role::Leaving && copies.is_spare(copy.slot, &slots));
-        let spare: SmallVec<[usize; 3]> = spare.map(|copy| usize::from(copy.place)).collect();
-        // A member that is being filled may still need what only the leaving one has, and has it elsewhere then.
-        if copies.members().any(|copy| copy.role == Role::Keeping) {
-            spare.into_iter().for_each(|place| self.retire(piece, place, now));
+        // As long as all members are being filled, one of them may need what only the leaving one has.
+        if !copies.members().any(|copy| copy.role == Role::Keeping) {
+            return;
         }
+        let slots: SmallVec<[u8; 3]> = copies.members().map(|copy| copy.slot).collect();
+        let leaving = copies.at.iter().filter(|copy| copy.role == Role::Leaving);
+        let spare = leaving.filter(|copy| copies.is_spare(copy.slot, &slots));
+        let spare: SmallVec<[usize; 3]> = spare.map(|copy| usize::from(copy.place)).collect();
+        spare.into_iter().for_each(|place| self.retire(piece, place, now));
     }
 
     /// Copies on, as far as the window allows.

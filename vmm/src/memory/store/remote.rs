@@ -111,6 +111,8 @@ pub(super) struct Remote {
     up: bool,
     renew_at: Option<Instant>,
     renewing: bool,
+    /// When another lease was asked for last.
+    leased: Option<Instant>,
     /// The connection was closed for good.
     shut: bool,
     events: Vec<Event>,
@@ -140,9 +142,15 @@ impl Remote {
             up: false,
             renew_at: None,
             renewing: false,
+            leased: None,
             shut: false,
             events: Vec::new(),
         })
+    }
+
+    /// Its agent, as it was given.
+    pub(super) fn agent(&self) -> &str {
+        &self.helper.agent
     }
 
     pub(super) fn metrics(&self) -> Arc<Metrics> {
@@ -212,7 +220,7 @@ impl Remote {
         }
         let mut next = None;
         match self.phase {
-            Phase::Refused(at) if at <= now => self.set_up(),
+            Phase::Refused(at) if at <= now => self.set_up(now),
             Phase::Refused(at) => next = Some(at),
             Phase::Serving if self.up => next = self.renew(now),
             _ => {}
@@ -277,7 +285,7 @@ impl Remote {
                 if self.phase == Phase::Leaving {
                     self.release(now);
                 } else {
-                    self.set_up();
+                    self.set_up(now);
                 }
             }
             Event::Resumed { .. } => {
@@ -308,7 +316,7 @@ impl Remote {
                 return false;
             }
             if answer.status == status::NOT_OPEN && self.phase == Phase::Serving {
-                self.set_up();
+                self.set_up(now);
             }
             news.push(News::Answer(answer.tag, outcome(answer)));
             return true;
@@ -328,7 +336,15 @@ impl Remote {
     }
 
     /// Asks for the lease if there is none, else opens it.
-    fn set_up(&mut self) {
+    fn set_up(&mut self, now: Instant) {
+        if self.holding.taken.is_none() {
+            // A helper that ends each lease at once is not asked without a pause.
+            if let Some(at) = self.leased.filter(|at| now < *at + AGAIN) {
+                self.phase = Phase::Refused(at + AGAIN);
+                return;
+            }
+            self.leased = Some(now);
+        }
         self.attempt = (self.attempt + 1) & u64::from(u32::MAX);
         let (opcode, body) = match self.holding.taken {
             None => {
@@ -353,7 +369,7 @@ impl Remote {
         let result = match (answer.status, self.phase) {
             (Status::OK, Phase::Leasing) => Taken::decode(&answer.body).map(|taken| {
                 self.holding.taken = Some(taken);
-                self.set_up();
+                self.set_up(now);
             }),
             (Status::OK, Phase::Opening) => Opened::decode(&answer.body).map(|_| {
                 self.phase = Phase::Serving;

@@ -195,7 +195,7 @@ impl Core {
                     return drop(self.land(index, now));
                 }
                 if let Outcome::Refused(why) = outcome {
-                    tracing::debug!(place, why, "A place refuses; it is asked again");
+                    tracing::debug!(helper = %self.places[place].name, why, "A place refuses; it is asked again");
                 }
                 let serial = flight.serial;
                 self.later.push_back((now + AGAIN, index, serial));
@@ -277,7 +277,9 @@ impl Core {
         let (piece, pages) = (*piece, pages.clone());
         let at = page.checked_sub(self.range(piece).start).and_then(|page| u32::try_from(page).ok());
         let bad = at.filter(|at| pages.contains(at)).map_or(pages, |at| at..at + 1);
-        tracing::error!(place, page, "A helper lacks a page that it was given");
+        if !std::mem::replace(&mut self.places[place].lacks, true) {
+            tracing::error!(helper = %self.places[place].name, page, "A helper lacks a page that it was given");
+        }
         if let Some(copy) = self.pieces[piece].find(place) {
             let less = self.pieces[piece].set_bad(bad, copy.slot);
             self.places[place].counters.pages.fetch_sub(less, Ordering::Relaxed);

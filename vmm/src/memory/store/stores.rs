@@ -51,7 +51,7 @@ impl Stores {
             match command {
                 Command::Drain(place) => self.core.drain(place),
                 Command::Add(mut remote, counters, room) => {
-                    let place = self.core.add(counters, room, false, now);
+                    let place = self.core.add(remote.agent(), counters, room, false, now);
                     if let Err(error) = remote.attach(ring) {
                         self.core.news(place, News::Left(error.to_string()), now);
                     }
