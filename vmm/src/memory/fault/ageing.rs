@@ -365,7 +365,7 @@ mod tests {
     /// The share of misses of a trace's second half.
     fn misses(memory: &mut dyn Memory, trace: &[usize]) -> f64 {
         let (warm, measured) = trace.split_at(trace.len() / 2);
-        for page in &warm[..] {
+        for page in warm {
             memory.touch(*page);
         }
         let missed = measured.iter().filter(|page| !memory.touch(**page)).count();
