@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
+use lab::Lab;
 use transport::identity::Security;
 use transport::identity::testing::{Household, security};
 
@@ -11,6 +12,7 @@ use crate::figure::Target::{self, AtLeast, AtMost};
 use crate::figure::{Reading, Spec};
 use crate::floor::fault::Plain;
 use crate::floor::tcp::Stream;
+use crate::inside::RESULT;
 use crate::paged::{Paged, Setting};
 use crate::region::{Anonymous, PAGE};
 use crate::stats::{median, percentile, rate};
@@ -34,6 +36,7 @@ pub const SUITE: Suite = Suite {
         spec("memory.sequential", "GB/s", "bare TCP stream", AtLeast(0.7)),
         spec("memory.sequential_faults", "faults", "pages", AtMost(0.1)),
         spec("memory.waited_for_write", "faults", "faults over the network", AtMost(0.0)),
+        spec("memory.zipf", "1/s", "Linux swapping to NBD, same limit, same lab PCs", AtLeast(3.0)),
         Spec { name: "memory.zipf_native", unit: "1/s", baseline: "all in memory", target: None },
     ],
     run,
@@ -42,11 +45,12 @@ pub const SUITE: Suite = Suite {
 type Part = fn(&Bench, &mut Readings) -> Result<()>;
 
 /// What is measured together, and which figures come of it.
-const PARTS: [(Part, &[&str]); 4] = [
+const PARTS: [(Part, &[&str]); 5] = [
     (faults, &["memory.fault_p50", "memory.fault_p99", "memory.tls_fault_p50", "memory.tls_fault_p99"]),
     (threads, &["memory.two_threads"]),
     (sequential, &["memory.sequential", "memory.sequential_faults"]),
     (zipf, &["memory.waited_for_write", "memory.zipf_native"]),
+    (swapping, &["memory.zipf"]),
 ];
 
 fn run(bench: &Bench, readings: &mut Readings) -> Result<()> {
@@ -185,5 +189,42 @@ fn zipf(bench: &Bench, readings: &mut Readings) -> Result<()> {
     readings.add(Reading::beside("memory.waited_for_write", waited as f64, faults as f64).note(note));
     let note = "exponent 1, one in 4 writes, half of the pages fit; for orientation";
     readings.add(Reading::beside("memory.zipf_native", median(&rates), median(&most)).note(note));
+    Ok(())
+}
+
+/// Half of what is used fits, in a lab PC whose kernel has network block devices, beside Linux swapping to one.
+fn swapping(bench: &Bench, readings: &mut Readings) -> Result<()> {
+    const PAGES: u64 = 32_768;
+    let lab = Lab::new("bench-memory")?;
+    let lan = lab.network("lan");
+    let [console, helper] = lab.start([lab.pc("console").on(&lan), lab.pc("helper").on(&lan)])?;
+    for pc in [&console, &helper] {
+        pc.put(&bench.program("bench")?, "/usr/bin/bench", 0o755)?;
+    }
+    helper.put(&bench.program("omega-agent")?, "/usr/bin/omega-agent", 0o755)?;
+    let address = helper.address();
+    let config = format!(
+        "listen = '{address}:7420'\ninsecure = true\nstate = '/root/state'\n[memory]\nsize = '256M'\nlock = false\n"
+    );
+    helper.put_bytes(config.as_bytes(), "/root/agent.toml", 0o644)?;
+    let _agent = helper.spawn("exec omega-agent --config /root/agent.toml")?;
+    let server = helper.spawn(&format!("exec bench inside swap-server {address}:7421 {}", 2 * PAGES))?;
+    server.expect("listening", Duration::from_secs(60))?;
+    let seconds = if bench.quick { 5 } else { 20 };
+    let measure = |part: &str, port: u16| -> Result<f64> {
+        bench.progress(&format!("memory: {part}"));
+        let command = format!("bench inside {part} {address}:{port} {PAGES} {} {seconds}", PAGES / 2);
+        let output = console.run_for(&command, Duration::from_secs(300))?.all();
+        let result =
+            output.split(RESULT).nth(1).and_then(|rest| rest.split_whitespace().next()?.parse().ok());
+        result.with_context(|| format!("`{command}` ended with {output}"))
+    };
+    let (mut ours, mut theirs) = (vec![], vec![]);
+    for _ in 0..if bench.quick { 1 } else { 3 } {
+        ours.push(measure("zipf-paged", 7420)?);
+        theirs.push(measure("zipf-swap", 7421)?);
+    }
+    let note = "exponent 1, one in 4 writes; the swapping process may have 16 MiB besides";
+    readings.add(Reading::beside("memory.zipf", median(&ours), median(&theirs)).note(note));
     Ok(())
 }
