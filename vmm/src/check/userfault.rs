@@ -1,4 +1,4 @@
-//! userfaultfd: what remote memory will stand on.
+//! userfaultfd: what memory on other PCs stands on.
 
 use super::{Line, sys};
 use crate::memory::fault::userfault::{Access, NEEDED, agree, feature, open};

@@ -324,6 +324,10 @@ pub enum Node {
     Invite(NodeInvite),
     /// List the household's nodes.
     List(NodeList),
+    /// Move guests' memory away from a node while they run, and give it back.
+    ///
+    /// Returns when the node keeps nothing of them any more. Ctrl-C only stops watching: the move goes on.
+    Drain(NodeDrain),
     /// Revoke all certificates of a node, and tell every agent that can be reached.
     ///
     /// Agents cut its connections at once. Those that cannot be reached now learn it from the next console of
@@ -359,6 +363,20 @@ pub struct NodeList {
     /// Where the identity is.
     #[command(flatten)]
     pub identity: IdentityFolder,
+}
+
+/// `omega node drain`.
+#[derive(Debug, Args)]
+pub struct NodeDrain {
+    /// The node, or its agent's address as the guests' configurations have it.
+    #[arg(value_name = "NODE")]
+    pub node: String,
+    /// Only this guest's memory; by default every guest's of this user.
+    #[arg(long, value_name = "NAME")]
+    pub guest: Option<String>,
+    /// Print JSON for programs: one object a line, whenever something moved.
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// `omega node revoke`.

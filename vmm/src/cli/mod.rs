@@ -4,6 +4,7 @@ pub mod args;
 mod attach;
 mod ca;
 mod credentials;
+mod drain;
 mod generate;
 mod guests;
 mod human;

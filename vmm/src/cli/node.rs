@@ -27,6 +27,7 @@ pub(super) fn obey(args: &args::Node) -> Result<(), Failure> {
     match args {
         args::Node::Invite(args) => invite(args),
         args::Node::List(args) => list(args),
+        args::Node::Drain(args) => super::drain::drain(args),
         args::Node::Revoke(args) => revoke(args),
     }
 }

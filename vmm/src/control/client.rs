@@ -8,7 +8,7 @@ use std::time::Duration;
 use serde::de::DeserializeOwned;
 
 use super::protocol::{Answer, Command, LONGEST_ANSWER, Outcome, Request, VERSION};
-use super::{Counters, Peers, Status};
+use super::{Counters, HelperStatus, Peers, Status};
 
 /// A request could not be made or was refused.
 #[derive(Debug, thiserror::Error)]
@@ -65,6 +65,14 @@ impl Client {
     /// See [`Client::ask`].
     pub fn peers(&mut self) -> Result<Peers, Error> {
         self.ask_for(Command::Peers)
+    }
+
+    /// How the helpers are that lend the guest memory.
+    ///
+    /// # Errors
+    /// See [`Client::ask`].
+    pub fn helpers(&mut self) -> Result<Vec<HelperStatus>, Error> {
+        self.ask_for(Command::MemoryHelpers)
     }
 
     fn ask_for<T: DeserializeOwned>(&mut self, command: Command) -> Result<T, Error> {

@@ -53,6 +53,20 @@ pub trait Controlled: Send + Sync {
     /// What was counted with the peers of its devices. Answers at once in every state.
     fn peers(&self) -> Peers;
 
+    /// How the helpers are that lend the guest memory. Answers at once in every state.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] of a guest whose memory is all on this PC.
+    fn helpers(&self) -> Result<Vec<HelperStatus>, Error>;
+
+    /// Has everything moved away from `helper` (its agent as it is configured, its host, or its node) while the guest
+    /// runs; then its memory is given back. Returns its name among [`Controlled::helpers`] at once; those say how far
+    /// that is.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] of a guest whose memory is all on this PC; [`Error::Failed`] without such a helper.
+    fn drain_helper(&self, helper: &str) -> Result<String, Error>;
+
     /// Asks the guest to give up `target` bytes of its RAM through the balloon. Returns at once.
     ///
     /// # Errors
@@ -125,6 +139,37 @@ pub struct Waiting {
     pub why: String,
     /// Milliseconds since something waits for it.
     pub for_ms: u64,
+}
+
+/// A PC that lends a guest memory, or the local file that keeps a copy of it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HelperStatus {
+    /// The agent, as in the configuration; the file's path.
+    pub name: String,
+    /// How the agent calls itself; empty before it was met.
+    pub node: String,
+    /// `here`, `away` or `left`.
+    pub standing: String,
+    /// Why it is away or has left, for people.
+    pub why: Option<String>,
+    /// It is being emptied.
+    pub draining: bool,
+    /// Pages of 4 KiB that it keeps now.
+    pub pages: u64,
+    /// Pages that were read from it.
+    pub fetched: u64,
+    /// Pages that were written to it.
+    pub stored: u64,
+    /// Of these, copies of what another helper had.
+    pub copied: u64,
+    /// Pages whose copies here were lost with it.
+    pub lost: u64,
+    /// Pieces of the guest's memory that have their place here.
+    pub pieces: u64,
+    /// Pieces that there is room for.
+    pub room: u64,
+    /// Pieces that are still to move away.
+    pub leaving: u64,
 }
 
 /// One device of a machine.

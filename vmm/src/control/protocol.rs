@@ -44,6 +44,13 @@ pub enum Command {
     Kill,
     /// Answers with the state of vCPUs and devices.
     SaveState,
+    /// Answers with a list of [`HelperStatus`](super::HelperStatus).
+    MemoryHelpers,
+    /// Has everything moved away from a helper; answers with its name among the helpers.
+    MemoryDrain {
+        /// Its agent as it is configured, its host, or its node.
+        helper: String,
+    },
     /// Moves the balloon.
     Balloon {
         /// What the guest is asked to give up.

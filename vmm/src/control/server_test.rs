@@ -11,7 +11,7 @@ use std::time::Duration;
 use transport::metrics::Snapshot;
 
 use super::super::client::{Client, Error as ClientError};
-use super::super::{Controlled, Counters, Error, Peers, State, Status};
+use super::super::{Controlled, Counters, Error, HelperStatus, Peers, State, Status};
 use super::{Command, Console, Server};
 use crate::units::Bytes;
 
@@ -77,6 +77,15 @@ impl Controlled for Machine {
 
     fn peers(&self) -> Peers {
         [("disk0".to_owned(), Snapshot { peer: "pc2".into(), connects: 3, ..Snapshot::default() })].into()
+    }
+
+    fn helpers(&self) -> Result<Vec<HelperStatus>, Error> {
+        Err(Error::Unsupported("its memory is all here".into()))
+    }
+
+    fn drain_helper(&self, helper: &str) -> Result<String, Error> {
+        self.note(format!("drain {helper}"));
+        Ok(format!("{helper}:7420"))
     }
 
     fn set_balloon(&self, target: Bytes) -> Result<(), Error> {

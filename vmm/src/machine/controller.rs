@@ -6,9 +6,10 @@ use std::sync::atomic::Ordering;
 
 use serde::Serialize;
 
+use super::paging::Paging;
 use super::parts::{Parts, lock};
 use super::{Error, Exit};
-use crate::control::{self, Controlled, Counters, DeviceStatus, Peers, State, Status, Waiting};
+use crate::control::{self, Controlled, Counters, DeviceStatus, HelperStatus, Peers, State, Status, Waiting};
 use crate::kvm::{CpuState, PartitionState};
 use crate::units::Bytes;
 
@@ -31,6 +32,11 @@ struct Saved {
 impl Controller {
     pub(super) fn new(parts: Arc<Parts>) -> Self {
         Self { parts }
+    }
+
+    fn paging(&self) -> Result<&Paging, control::Error> {
+        let none = || control::Error::Unsupported("the guest's memory is all on this PC".into());
+        self.parts.paging.as_deref().ok_or_else(none)
     }
 
     fn not_now(&self) -> control::Error {
@@ -147,6 +153,18 @@ impl Controlled for Controller {
         let mut peers: Peers = self.parts.devices.iter().filter_map(peer).collect();
         peers.extend(self.parts.paging.iter().flat_map(|paging| paging.peers()));
         peers
+    }
+
+    fn helpers(&self) -> Result<Vec<HelperStatus>, control::Error> {
+        Ok(self.paging()?.helpers())
+    }
+
+    fn drain_helper(&self, helper: &str) -> Result<String, control::Error> {
+        let paging = self.paging()?;
+        let known = paging.named(helper, &self.parts.guest);
+        let agent = known.ok_or_else(|| failed(format!("the guest has no memory on {helper}")))?;
+        paging.control.drain(&agent).map_err(failed)?;
+        Ok(agent)
     }
 
     fn set_balloon(&self, target: Bytes) -> Result<(), control::Error> {

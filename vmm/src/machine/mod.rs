@@ -21,6 +21,7 @@ mod controller;
 mod disks;
 mod ending;
 mod keeper;
+mod lenders;
 mod lent;
 mod paging;
 mod parts;
