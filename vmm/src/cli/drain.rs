@@ -98,11 +98,8 @@ impl Move {
     /// Shows what changed; whether it is over.
     fn look(&mut self, json: bool) -> Result<bool, Failure> {
         let Self { guest, helper, .. } = self;
-        let helpers = match self.client.helpers() {
-            Ok(helpers) => helpers,
-            // It ended, and so did its memory there.
-            Err(_) => return Ok(true),
-        };
+        // Otherwise it ended, and so did its memory there.
+        let Ok(helpers) = self.client.helpers() else { return Ok(true) };
         let Some(now) = helpers.iter().find(|known| known.name == *helper) else { return Ok(true) };
         let done = now.standing == "left";
         if self.left != Some(now.leaving) || done {

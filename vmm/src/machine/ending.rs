@@ -23,12 +23,12 @@ const ABRUPT: Duration = Duration::from_secs(8);
 const LOOK: Duration = Duration::from_millis(100);
 
 /// Ends the machine that came to `exit`.
-pub(super) fn end(parts: &Arc<Parts>, threads: Threads, keeper: JoinHandle<()>, exit: &Result<Exit, Error>) {
+pub(super) fn end(parts: &Arc<Parts>, threads: &Threads, keeper: JoinHandle<()>, exit: &Result<Exit, Error>) {
     parts.set_state(State::Ending);
     parts.gang.end();
     let abrupt = matches!(exit, Ok(Exit::Killed | Exit::MemoryLost));
     if parts.paging.is_some() {
-        paged(parts, &threads, abrupt);
+        paged(parts, threads, abrupt);
         return;
     }
     if abrupt {

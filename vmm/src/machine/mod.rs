@@ -214,7 +214,7 @@ impl Machine {
         confine(Role::Main).map_err(Error::Thread)?;
         // The sender lives in `parts`.
         let exit = end.recv().unwrap_or(Ok(Exit::Killed));
-        ending::end(&parts, threads, keeper, &exit);
+        ending::end(&parts, &threads, keeper, &exit);
         exit
     }
 }
