@@ -7,6 +7,7 @@ mod boot;
 mod disk;
 mod identity;
 mod lab_itself;
+mod memory;
 mod mistakes;
 mod native;
 mod rdma;
@@ -26,6 +27,7 @@ const ALL: &[&[(&str, Test)]] = &[
     boot::TESTS,
     mistakes::TESTS,
     disk::TESTS,
+    memory::TESTS,
     transport::TESTS,
     identity::TESTS,
     rdma::TESTS,

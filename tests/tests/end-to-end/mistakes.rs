@@ -17,7 +17,7 @@ pub(crate) const TESTS: &[(&str, crate::Test)] = &[
 ];
 
 /// It did not start, and said so in one line with these words.
-fn refused(output: &Output, words: &[&str]) -> Result<()> {
+pub(crate) fn refused(output: &Output, words: &[&str]) -> Result<()> {
     ensure!(output.code == 1 || output.code == 2, "exit code {}: {}", output.code, output.all());
     let said: Vec<&str> = output.stderr.lines().filter(|line| line.starts_with("omega: ")).collect();
     ensure!(said.len() == 1, "not one line but {}: {}", said.len(), output.all());
