@@ -3,10 +3,10 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use lab::Guest;
 use lab::guest::{PATIENCE, Running};
 use lab::pc::Pc;
 use lab::scene::{Scene, configure, lends, start_agent, wait_until};
-use lab::{Guest, Output};
 
 use crate::mistakes::refused;
 
