@@ -100,7 +100,7 @@ fn a_lost_helper_stops_the_guest_as_a_whole() -> Result<()> {
     let scene = Scene::new("memory-none", None)?;
     scene.lend(&[], "256M")?;
     let agent = scene.agent();
-    let guest = mini("pattern", "48,2,1000000", "none").memory_helper(&agent, "helper", "128M");
+    let guest = mini("pattern", "36,2,1000000", "none").memory_helper(&agent, "helper", "128M");
     let guest = guest.start(&scene.console)?;
     guest.expect("omega-pattern: round 1 ")?;
 
