@@ -55,7 +55,7 @@ impl Mailbox {
 #[error("This guest has no memory on {0}")]
 pub struct NoSuchHelper(pub String);
 
-/// See the [module](self). The order of helpers is that of [`Health::report`].
+/// Steers the stores of a guest while it runs. The order of helpers is that of [`Health::report`].
 pub struct Control {
     terms: Terms,
     health: Arc<Health>,

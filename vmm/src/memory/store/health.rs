@@ -132,7 +132,7 @@ pub struct Report {
     pub lost: Option<(u64, String)>,
 }
 
-/// See the [module](self).
+/// How the helpers of a guest are, for whoever watches over it.
 pub struct Health {
     state: Mutex<State>,
     changed: Condvar,

@@ -60,8 +60,8 @@ pub const NAMES: [(u16, &str); 8] = [
     (opcode::STATUS, "memory_status"),
 ];
 
-/// Answers other than success. The body is a [`Refusal`](super::Refusal), of [`ABSENT`](status::ABSENT) an
-/// [`Absent`](super::Absent).
+/// Answers other than success. The body is a [`Refusal`], of [`ABSENT`](status::ABSENT) an
+/// [`Absent`].
 pub mod status {
     use transport::wire::Status;
 

@@ -22,7 +22,7 @@ pub(super) enum Link {
     File(Box<SwapFile>),
 }
 
-/// See the [module](self). Made by [`connect`](super::connect).
+/// The pages of one handler, wherever they are kept. Made by [`connect`](super::connect).
 pub struct Stores {
     core: Core,
     /// By the numbers of the core's places.
