@@ -118,17 +118,8 @@ fn channel(size: usize, depth: u64) -> f64 {
     };
     let names = Names::of(&config.address).expect("a thread");
     let mut channel = Channel::new(config, names, &mut ring);
-    let call = |tag, answer| Call {
-        tag,
-        opcode: 256,
-        class: Class::Normal,
-        body: Body::from_slice(&[0; 16]),
-        payload: Buffer::empty(),
-        answer,
-        once: false,
-        deadline: None,
-        setup: false,
-    };
+    let call =
+        |tag, answer| Call { answer, ..Call::new(tag, 256, Class::Normal, Body::from_slice(&[0; 16])) };
     for tag in 0..depth {
         channel.submit(call(tag, Buffer::zeroed(size)));
     }

@@ -124,15 +124,10 @@ impl Client {
     ) -> Result<Reply, Error> {
         self.calls += 1;
         self.channel.submit(Call {
-            tag: self.calls,
-            opcode,
-            class,
-            body: Body::from_slice(body),
             payload: Buffer::from_vec(payload),
             answer: Buffer::zeroed(answer_len),
-            once: false,
             deadline: Some(Instant::now() + timeout),
-            setup: false,
+            ..Call::new(self.calls, opcode, class, Body::from_slice(body))
         });
         let answer = self.wait(self.calls)?;
         if answer.status == Status::DEADLINE {

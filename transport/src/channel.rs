@@ -85,6 +85,24 @@ pub struct Call {
     pub setup: bool,
 }
 
+impl Call {
+    /// A call of `body` alone, with no payload either way, that may be repeated and waits for ever.
+    #[must_use]
+    pub fn new(tag: u64, opcode: u16, class: Class, body: Body) -> Self {
+        Self {
+            tag,
+            opcode,
+            class,
+            body,
+            payload: Buffer::empty(),
+            answer: Buffer::empty(),
+            once: false,
+            deadline: None,
+            setup: false,
+        }
+    }
+}
+
 /// The answer to one request.
 #[derive(Debug)]
 pub struct Answer {

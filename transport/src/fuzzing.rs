@@ -51,15 +51,9 @@ pub fn fuzz_replies(data: &[u8]) {
     let mut core = Asker::new(identity, 3, Duration::from_secs(1), now);
     for tag in 0..4u64 {
         core.submit(Call {
-            tag,
-            opcode: 256,
-            class: Class::Normal,
-            body: Body::new(),
-            payload: Buffer::empty(),
             answer: Buffer::zeroed(tag as usize * 100),
             once: tag == 0,
-            deadline: None,
-            setup: false,
+            ..Call::new(tag, 256, Class::Normal, Body::new())
         });
     }
     core.connected(now);

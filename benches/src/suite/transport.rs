@@ -212,17 +212,7 @@ impl Peer {
     fn submit(&mut self, tag: usize, load: Load, answer: Buffer) {
         let mut body = Body::new();
         body.resize(32, 0);
-        self.channel.submit(Call {
-            tag: tag as u64,
-            opcode: GIVE,
-            class: load.class,
-            body,
-            payload: Buffer::empty(),
-            answer,
-            once: false,
-            deadline: None,
-            setup: false,
-        });
+        self.channel.submit(Call { answer, ..Call::new(tag as u64, GIVE, load.class, body) });
     }
 
     /// Keeps all `loads` in flight for `slice`.

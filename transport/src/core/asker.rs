@@ -670,17 +670,7 @@ mod tests {
     use crate::wire::PREFACE;
 
     fn call(class: Class, answer: usize) -> Call {
-        Call {
-            tag: 0,
-            opcode: 1,
-            class,
-            body: Body::new(),
-            payload: Buffer::empty(),
-            answer: Buffer::zeroed(answer),
-            once: false,
-            deadline: None,
-            setup: false,
-        }
+        Call { answer: Buffer::zeroed(answer), ..Call::new(0, 1, class, Body::new()) }
     }
 
     fn asker(now: Instant) -> Asker {

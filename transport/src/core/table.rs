@@ -163,21 +163,10 @@ impl Table {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::buffer::Buffer;
     use crate::wire::Body;
 
     fn call(once: bool) -> Call {
-        Call {
-            tag: 0,
-            opcode: 0,
-            class: Class::Normal,
-            body: Body::new(),
-            payload: Buffer::empty(),
-            answer: Buffer::empty(),
-            once,
-            deadline: None,
-            setup: false,
-        }
+        Call { once, ..Call::new(0, 0, Class::Normal, Body::new()) }
     }
 
     #[test]

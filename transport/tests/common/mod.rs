@@ -336,15 +336,9 @@ impl Client {
 
 pub fn call(tag: u64, opcode: u16, body: &[u8], payload: Buffer, answer_len: usize) -> Call {
     Call {
-        tag,
-        opcode,
-        class: Class::Normal,
-        body: Body::from_slice(body),
         payload,
         answer: Buffer::zeroed(answer_len),
-        once: false,
-        deadline: None,
-        setup: false,
+        ..Call::new(tag, opcode, Class::Normal, Body::from_slice(body))
     }
 }
 

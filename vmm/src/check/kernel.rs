@@ -107,7 +107,7 @@ pub(super) fn ktls() -> Line {
         return Line::ok("kernel TLS", "there");
     }
     Line::degraded("kernel TLS", "the module tls is not loaded")
-        .why("encrypted connections to agents (not in this version) cost less with it")
+        .why("encrypted connections to agents cost less with it")
         .mend("sudo modprobe tls; echo tls | sudo tee /etc/modules-load.d/tls.conf")
 }
 
@@ -130,15 +130,13 @@ pub(super) fn memory() -> Vec<Line> {
     } else {
         Line::ok("huge pages", format!("reserved: {}", pools.join(", ")))
     };
-    let text = sys::read("/sys/kernel/mm/transparent_hugepage/shmem_enabled").unwrap_or_default();
+    let text = sys::read("/sys/kernel/mm/transparent_hugepage/enabled").unwrap_or_default();
     let chosen = text.split_whitespace().find_map(|word| word.strip_prefix('[')?.strip_suffix(']'));
     let transparent = match chosen {
-        Some(mode @ ("always" | "within_size" | "advise" | "force")) => {
-            Line::ok("transparent huge", format!("shared memory: {mode}"))
-        }
+        Some(mode @ ("always" | "madvise")) => Line::ok("transparent huge", mode),
         Some(mode) => Line::degraded("transparent huge", format!("shared memory: {mode}"))
             .why("a guest's RAM is shared memory, and is faster in large pages")
-            .mend("echo advise | sudo tee /sys/kernel/mm/transparent_hugepage/shmem_enabled"),
+            .mend("echo advise | sudo tee /sys/kernel/mm/transparent_hugepage/enabled"),
         None => Line::missing("transparent huge", "the kernel has none")
             .why("a guest's RAM is a little faster in large pages"),
     };

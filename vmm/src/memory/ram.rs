@@ -1,10 +1,9 @@
 //! Guest RAM.
 //!
 //! Private RAM is anonymous memory: the host may back it with huge pages, which makes a guest's first touch
-//! of its memory (most of what a boot waits for) several hundred times rarer. Shared RAM is one memfd that
-//! can be mapped a second time: a guest whose pages live elsewhere runs on a mapping that userfaultfd
-//! watches, and our own threads use another that never faults. Huge pages are off there by the kernel's
-//! default.
+//! of its memory (most of what a boot waits for) several hundred times rarer. Shared RAM is one memfd: a guest
+//! whose pages live elsewhere runs on a mapping that userfaultfd watches, and the handlers of its faults read
+//! the file, which never faults. Huge pages are off there.
 
 use std::fs::File;
 use std::io;

@@ -138,15 +138,10 @@ impl<'a> Way<'a> {
     fn submit(&mut self, class: Class, payload: Buffer, answer: Buffer) {
         self.tag += 1;
         self.channel.submit(Call {
-            tag: self.tag,
-            opcode: opcode::ECHO,
-            class,
-            body: Body::new(),
             payload,
             answer,
-            once: false,
             deadline: Some(Instant::now() + self.timeout),
-            setup: false,
+            ..Call::new(self.tag, opcode::ECHO, class, Body::new())
         });
     }
 

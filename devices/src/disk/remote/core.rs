@@ -439,17 +439,7 @@ impl Core {
 
 /// A call without payload.
 pub(super) fn call(tag: Tag, opcode: u16, class: Class, body: transport::wire::Body) -> Call {
-    Call {
-        tag: tag.number(),
-        opcode,
-        class,
-        body,
-        payload: Buffer::empty(),
-        answer: Buffer::empty(),
-        once: false,
-        deadline: None,
-        setup: false,
-    }
+    Call::new(tag.number(), opcode, class, body)
 }
 
 /// What a refused call's answer says; the bare status if its body makes no sense.

@@ -23,7 +23,7 @@ use transport::channel::{Answer, Call, Channel, Config, Event, Names, Transport}
 use transport::identity::Security;
 use transport::metrics::{Metrics, Recorder};
 use transport::ring::{Completion, Ring};
-use transport::wire::{Body, Class, Status};
+use transport::wire::{Class, Status};
 
 use super::Urgency;
 use super::ask::{Ask, News, Outcome, What};
@@ -185,16 +185,16 @@ impl Remote {
                     let class = if urgency == Urgency::Fault { Class::Urgent } else { Class::Bulk };
                     let body = Pages { epoch, first, count, flags: 0 }.encode();
                     let answer = Buffer::zeroed(count as usize * PAGE);
-                    Call { answer, ..call(tag, opcode::FETCH, class, body) }
+                    Call { answer, ..Call::new(tag, opcode::FETCH, class, body) }
                 }
                 What::Store { first, content } => {
                     let count = (content.len() / PAGE) as u32;
                     let body = Pages { epoch, first, count, flags: 0 }.encode();
-                    Call { payload: content, once: true, ..call(tag, opcode::STORE, Class::Bulk, body) }
+                    Call { payload: content, once: true, ..Call::new(tag, opcode::STORE, Class::Bulk, body) }
                 }
                 What::Forget { ranges } => {
                     let body = Forget { epoch, ranges }.encode();
-                    Call { once: true, ..call(tag, opcode::FORGET, Class::Bulk, body) }
+                    Call { once: true, ..Call::new(tag, opcode::FORGET, Class::Bulk, body) }
                 }
             };
             channel.submit(call);
@@ -247,7 +247,7 @@ impl Remote {
         self.renew_at = Some(now + third);
         if !std::mem::replace(&mut self.renewing, true) {
             let body = self.holding.lease().encode();
-            self.submit(call(RENEWAL, opcode::RENEW, Class::Control, body));
+            self.submit(Call::new(RENEWAL, opcode::RENEW, Class::Control, body));
         }
         self.renew_at
     }
@@ -357,7 +357,7 @@ impl Remote {
             }
         };
         let tag = SETUP | self.attempt << 32;
-        self.submit(Call { setup: true, ..call(tag, opcode, Class::Control, body) });
+        self.submit(Call { setup: true, ..Call::new(tag, opcode, Class::Control, body) });
     }
 
     /// A step of the set-up was answered. `false`: the lease is over.
@@ -427,7 +427,11 @@ impl Remote {
         self.phase = Phase::Leaving;
         let deadline = Some(now + RELEASE_TIMEOUT);
         let body = self.holding.lease().encode();
-        self.submit(Call { deadline, setup: true, ..call(RELEASE, opcode::RELEASE, Class::Control, body) });
+        self.submit(Call {
+            deadline,
+            setup: true,
+            ..Call::new(RELEASE, opcode::RELEASE, Class::Control, body)
+        });
     }
 
     pub(super) fn over(&self) -> bool {
@@ -486,19 +490,4 @@ fn refusal(answer: &Answer) -> String {
         },
         |refusal| refusal.text,
     )
-}
-
-/// A call without payload.
-fn call(tag: u64, opcode: u16, class: Class, body: Body) -> Call {
-    Call {
-        tag,
-        opcode,
-        class,
-        body,
-        payload: Buffer::empty(),
-        answer: Buffer::empty(),
-        once: false,
-        deadline: None,
-        setup: false,
-    }
 }
