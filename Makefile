@@ -11,7 +11,7 @@ RDMA ?= $(shell pkg-config --exists libibverbs librdmacm 2>/dev/null && echo yes
 rdma = $(if $(RDMA),--features omega-vmm/rdma$(comma)omega-agent/rdma)
 comma := ,
 
-.PHONY: all setup build images demo test bench lint fmt fuzz install deb clean
+.PHONY: all setup build images demo test bench lint fmt fuzz model install deb clean
 
 all: build
 
@@ -51,6 +51,10 @@ fmt:
 ## Coverage-guided fuzzing of one decoder: make fuzz TARGET=wire SECONDS=60 (needs nightly and cargo-fuzz).
 fuzz:
 	cd tests && $(CARGO) +nightly fuzz run $(TARGET) -- -max_total_time=$(or $(SECONDS),60)
+
+## Search the coherence protocol further than the tests do: some minutes, and 2 GB of memory.
+model:
+	OMEGA_MODEL_FAR=1 $(CARGO) test --release --locked -p omega-vmm --lib coherence -- --nocapture --test-threads=1
 
 install: build
 	packaging/install "$(DESTDIR)" "$(PREFIX)"

@@ -1,6 +1,7 @@
 //! The guest's physical address space: where RAM, devices and tables lie, the RAM itself, and where its pages are
 //! while they are not here.
 
+pub mod coherence;
 pub mod fault;
 mod layout;
 mod mapping;
