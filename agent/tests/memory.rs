@@ -11,12 +11,14 @@ use common::systemd::Systemd;
 use common::{Agent, LIMIT};
 use nix::sys::signal::Signal;
 use transport::blocking::{Client, Reply};
+use transport::buffer::Buffer;
 use transport::identity::testing::{Household, security};
 use transport::identity::{Identity, Security};
 use transport::wire::{Body, Class, MAX_PAYLOAD, Status};
+use vmm::memory::store::packed::Packer;
 use vmm::memory::store::protocol::{
-    Absent, Forget, Lease, Lending, MAX_PAGES, Open, Opened, PAGE, Pages, Refusal, Take, Taken, opcode,
-    status,
+    Absent, Forget, Lease, Lending, MAX_PAGES, Open, Opened, PAGE, Packing, Pages, Refusal, Take, Taken,
+    flag, opcode, status,
 };
 
 /// Nobody loses a lease by being slow.
@@ -201,7 +203,7 @@ fn what_one_session_stores_every_session_of_the_lease_fetches_until_it_is_forgot
     assert_eq!(one.absent(first + 8, 4), first + 10);
     assert_eq!(one.absent(first, 1), first);
     let opened = one.open().expect("again");
-    let expected = Opened { pages: RAM, quota: 2000, used: most - 4, flags: 0 };
+    let expected = Opened { pages: RAM, quota: 2000, used: most - 4, flags: flag::PACKED };
     assert_eq!(opened, expected);
     let lending = lending(&agent);
     assert_eq!((lending.size, lending.leased, lending.used), (64 << 20, 2000 * 4096, (most - 4) * 4096));
@@ -224,7 +226,7 @@ fn every_wrong_request_has_its_answer_and_changes_nothing() {
     let all_wrong = [
         (pages(epoch + 1, 10, 1, 0), PAGE, status::GONE),
         (pages(0, 10, 1, 0), PAGE, status::GONE),
-        (pages(epoch, 10, 1, 1), PAGE, status::UNSUPPORTED),
+        (pages(epoch, 10, 1, 2), PAGE, status::UNSUPPORTED),
         (pages(epoch, 10, 2, 0), PAGE, Status::MALFORMED),
         (pages(epoch, 10, 0, 0), 0, status::OUT_OF_RANGE),
         (pages(epoch, RAM, 1, 0), PAGE, status::OUT_OF_RANGE),
@@ -267,6 +269,59 @@ fn every_wrong_request_has_its_answer_and_changes_nothing() {
     assert!(guest.fetch(10, 4) == content(10, 4, 1), "all is as it was");
     guest.store(10, content(10, 4, 3));
     assert!(guest.fetch(10, 4) == content(10, 4, 3), "what is held may be replaced though the quota is full");
+}
+
+#[test]
+fn pages_that_come_packed_are_stored_whole_and_packed_again_only_for_who_takes_them_so() {
+    let agent = Agent::start(MEMORY);
+    let mut guest = Guest::new(&agent, 1, 600);
+    let epoch = guest.lease.epoch;
+    let pages = |first, count| Pages { epoch, first, count, flags: flag::PACKED }.encode();
+    let store = |guest: &mut Guest, first, count, payload: &[u8]| {
+        ask(&mut guest.client, opcode::STORE, &pages(first, count), payload.to_vec(), 0).status
+    };
+    let whole = content(10, 256, 5);
+    let packed = Packer::default().pack(&Buffer::from_vec(whole.clone())).expect("it shrinks").to_vec();
+    assert_eq!(store(&mut guest, 10, 256, &packed), Status::OK);
+    assert!(guest.fetch(10, 256) == whole, "nobody sees how it came");
+    // Nothing of what makes no sense is stored.
+    let wrong: [(u32, &[u8], Status); 7] = [
+        (256, &packed[..packed.len() - 1], Status::MALFORMED),
+        (255, &packed, Status::MALFORMED),
+        (1, &whole[..PAGE], Status::MALFORMED),
+        (1, &[], Status::MALFORMED),
+        (0, &[], status::OUT_OF_RANGE),
+        (257, &packed, status::OUT_OF_RANGE),
+        (u32::MAX, &packed, status::OUT_OF_RANGE),
+    ];
+    for (count, payload, expected) in wrong {
+        assert_eq!(store(&mut guest, 300, count, payload), expected, "{count} pages in {}", payload.len());
+    }
+    assert_eq!(guest.absent(300, 1), 300);
+    assert_eq!(store(&mut guest, RAM, 256, &packed), status::OUT_OF_RANGE);
+    let mut fetch = |first: u64, count: u32| {
+        let room = count as usize * PAGE;
+        ask(&mut guest.client, opcode::FETCH, &pages(first, count), Vec::new(), room)
+    };
+    let reply = fetch(10, 256);
+    assert!(
+        Packing::decode(&reply.body).expect("it says so").packed && reply.payload.len() < whole.len() / 8
+    );
+    let into = Buffer::zeroed(whole.len());
+    let came = Buffer::from_vec(reply.payload);
+    Packer::default().unpack(&came, came.len(), &into).expect("it is packed");
+    assert!(into.to_vec() == whole);
+    assert_eq!(fetch(300, 1).status, status::ABSENT);
+    // What does not shrink comes as it is.
+    let mut x = 1u64;
+    let mut next = || {
+        x = x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        (x >> 33) as u8
+    };
+    let hard: Vec<u8> = (0..2 * PAGE).map(|_| next()).collect();
+    guest.store(400, hard.clone());
+    let reply = ask(&mut guest.client, opcode::FETCH, &pages(400, 2), Vec::new(), 2 * PAGE);
+    assert!(!Packing::decode(&reply.body).expect("it says so").packed && reply.payload == hard);
 }
 
 #[test]

@@ -1,12 +1,14 @@
 //! The memory requests of one connection.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use devices::disk::volume::Lease;
 use transport::buffer::Buffer;
 use transport::server::Request;
 use transport::wire::{Body, MAX_PAYLOAD, Status};
-use vmm::memory::store::protocol::{Forget, Malformed, Open, Opened, Pages, Take, opcode};
+use vmm::memory::store::packed::{Packer, Unpackable};
+use vmm::memory::store::protocol::{Forget, Malformed, Open, Opened, Packing, Pages, Take, flag, opcode};
 
 use super::loan::Loan;
 use super::{PAGE, Refused};
@@ -54,13 +56,16 @@ impl Client<'_> {
 #[derive(Default)]
 pub(crate) struct Serving {
     bounds: Vec<Bound>,
+    packer: Packer,
+    /// Where pages are unpacked; nothing until some are.
+    unpacked: Buffer,
 }
 
 impl Serving {
     /// Carries a request out; `None` if it is none about memory.
     pub(crate) fn answer(&mut self, client: &Client<'_>, request: &Request) -> Option<Answer> {
         let done = match request.opcode {
-            opcode::FETCH => self.fetch(client, request).map(|payload| (Body::new(), payload)),
+            opcode::FETCH => self.fetch(client, request),
             opcode::STORE => self.store(client, request).map(nothing),
             opcode::FORGET => self.forget(client, &request.body).map(nothing),
             opcode::LEASE => lease(client, &request.body),
@@ -127,7 +132,7 @@ impl Serving {
             self.bind(Arc::clone(&loan), user)?;
         }
         let store = &loan.store;
-        let opened = Opened { pages: store.pages(), quota: store.quota(), used: store.used(), flags: 0 };
+        let opened = Opened { pages: store.pages(), quota: store.quota(), used: store.used(), flags: FLAGS };
         Ok((opened.encode(), Buffer::empty()))
     }
 
@@ -138,14 +143,44 @@ impl Serving {
         Ok(())
     }
 
-    fn fetch(&mut self, client: &Client<'_>, request: &Request) -> Result<Buffer, Refused> {
-        let Pages { epoch, first, count, .. } = pages(&request.body, request.answer_len)?;
-        self.bound(client, epoch)?.store.fetch(first, count)
+    fn fetch(&mut self, client: &Client<'_>, request: &Request) -> Result<(Body, Buffer), Refused> {
+        let Pages { epoch, first, count, flags } = pages(&request.body)?;
+        carries(count, request.answer_len)?;
+        let content = self.bound(client, epoch)?.store.fetch(first, count)?;
+        if flags & flag::PACKED == 0 {
+            return Ok((Body::new(), content));
+        }
+        let begun = Instant::now();
+        let packed = self.packer.pack(&content);
+        let packing = Packing { packed: packed.is_some(), took: begun.elapsed() };
+        Ok((packing.encode(), packed.unwrap_or(content)))
     }
 
     fn store(&mut self, client: &Client<'_>, request: &Request) -> Result<(), Refused> {
-        let Pages { epoch, first, .. } = pages(&request.body, request.payload.len())?;
-        self.bound(client, epoch)?.store.store(first, &request.payload)
+        let Pages { epoch, first, count, flags } = pages(&request.body)?;
+        if flags & flag::PACKED == 0 {
+            carries(count, request.payload.len())?;
+            return self.bound(client, epoch)?.store.store(first, &request.payload);
+        }
+        // Nothing is unpacked for who may store nothing.
+        self.bound(client, epoch)?;
+        let content = self.unpack(count, &request.payload)?;
+        self.bound(client, epoch)?.store.store(first, &content)
+    }
+
+    /// The pages that came packed, in memory that the next ones will be in.
+    fn unpack(&mut self, count: u32, packed: &Buffer) -> Result<Buffer, Refused> {
+        let broken = |why: Unpackable| Refused::Malformed(why.to_string());
+        let len = u64::from(count) * PAGE;
+        if len > MAX_PAYLOAD as u64 {
+            return Err(Refused::OutOfRange("more pages than a request may carry".to_owned()));
+        }
+        if self.unpacked.is_empty() {
+            self.unpacked = Buffer::zeroed(MAX_PAYLOAD);
+        }
+        let into = self.unpacked.slice(0, len as usize).unwrap_or_default();
+        self.packer.unpack(packed, packed.len(), &into).map_err(broken)?;
+        Ok(into)
     }
 
     fn forget(&mut self, client: &Client<'_>, body: &[u8]) -> Result<(), Refused> {
@@ -162,16 +197,24 @@ fn malformed(why: Malformed) -> Refused {
     Refused::Malformed(why.to_string())
 }
 
-/// The pages of a request that carries so many bytes.
-fn pages(body: &[u8], carried: usize) -> Result<Pages, Refused> {
+/// The flags of pages that are known here.
+const FLAGS: u32 = flag::PACKED;
+
+/// The pages of a request.
+fn pages(body: &[u8]) -> Result<Pages, Refused> {
     let pages = Pages::decode(body).map_err(malformed)?;
-    if pages.flags != 0 {
+    if pages.flags & !FLAGS != 0 {
         return Err(Refused::Unsupported);
     }
-    if u64::from(pages.count) * PAGE != carried as u64 {
+    Ok(pages)
+}
+
+/// Whether so many pages take so many bytes.
+fn carries(count: u32, bytes: usize) -> Result<(), Refused> {
+    if u64::from(count) * PAGE != bytes as u64 {
         return Err(Refused::Malformed("The pages and the payload differ in length".to_owned()));
     }
-    Ok(pages)
+    Ok(())
 }
 
 fn lease(client: &Client<'_>, body: &[u8]) -> Result<(Body, Buffer), Refused> {

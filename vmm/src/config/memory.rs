@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::toml_file::{Checker, KeyPath};
 use super::{Transport, peer};
 use crate::memory::fault::{PAGE, Pieces};
+pub use crate::memory::store::Compress;
 use crate::units::{Bytes, Span};
 
 /// The least RAM that anything can be started in.
@@ -35,6 +36,8 @@ pub struct Memory {
     pub patience: Option<Span>,
     /// A file on this PC, made at the start and gone at the end, for `on_loss = "local-disk"`.
     pub swap_file: Option<PathBuf>,
+    /// Whether pages are compressed on their way to the helpers and back.
+    pub compress: Compress,
     /// The PCs that lend memory.
     pub helper: Vec<Helper>,
     /// NUMA nodes; none or one means none is shown to the guest. Sizes must add up to `size`.
@@ -49,6 +52,7 @@ impl Default for Memory {
             on_loss: OnLoss::None,
             patience: None,
             swap_file: None,
+            compress: Compress::Auto,
             helper: Vec::new(),
             numa: Vec::new(),
         }
@@ -127,6 +131,7 @@ fn nowhere_else(memory: &Memory, key: &KeyPath, checker: &mut Checker<'_>) {
         ("on_loss", memory.on_loss != OnLoss::None),
         ("patience", memory.patience.is_some()),
         ("swap_file", memory.swap_file.is_some()),
+        ("compress", memory.compress != Compress::Auto),
         ("helper", !memory.helper.is_empty()),
     ];
     for (name, _) in given.iter().filter(|(_, given)| *given) {

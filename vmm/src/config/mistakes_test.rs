@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::{Guest, OnLoss, Peer};
+use super::{Compress, Guest, OnLoss, Peer};
 
 /// `text` in place of what the smallest guest says; each case gives the whole file.
 fn lines(text: &str) -> Vec<String> {
@@ -209,12 +209,13 @@ fn memory_on_other_pcs_is_named_where_it_cannot_be() {
     let helper = "[[memory.helper]]\nagent = 'pc2'\nsize = '1G'\n";
     let cases: &[(&str, &[&str])] = &[
         (
-            "[memory]\non_loss = 'mirror'\nswap_file = 's'\npatience = '1s'\nhelper = [{ agent = 'a', size = '1G' }]\n",
-            &["on_loss", "swap_file", "patience", "helper"].map(|key| match key {
+            "[memory]\non_loss = 'mirror'\nswap_file = 's'\npatience = '1s'\ncompress = 'on'\nhelper = [{ agent = 'a', size = '1G' }]\n",
+            &["on_loss", "swap_file", "patience", "compress", "helper"].map(|key| match key {
                 "on_loss" => "guest.toml:5:1: key `memory.on_loss`: is for memory on other PCs; say by `local` how much of it stays on this one",
                 "swap_file" => "guest.toml:6:1: key `memory.swap_file`: is for memory on other PCs; say by `local` how much of it stays on this one",
                 "patience" => "guest.toml:7:1: key `memory.patience`: is for memory on other PCs; say by `local` how much of it stays on this one",
-                _ => "guest.toml:8:1: key `memory.helper`: is for memory on other PCs; say by `local` how much of it stays on this one",
+                "compress" => "guest.toml:8:1: key `memory.compress`: is for memory on other PCs; say by `local` how much of it stays on this one",
+                _ => "guest.toml:9:1: key `memory.helper`: is for memory on other PCs; say by `local` how much of it stays on this one",
             }),
         ),
         (
@@ -263,11 +264,13 @@ fn memory_on_other_pcs_is_named_where_it_cannot_be() {
 fn memory_on_other_pcs_is_read_and_its_swap_file_is_beside_the_configuration() {
     let text = format!(
         "{HEAD}[memory]\nsize = '1G'\nlocal = '256M'\non_loss = 'local-disk'\nswap_file = 'swap'\npatience = '5s'\n\
+         compress = 'off'\n\
          [[memory.helper]]\nagent = 'pc2'\nsize = '1G'\ntransport = 'rdma'\n[[memory.helper]]\nagent = '10.0.0.3'\n\
          size = '512M'\nnode = 'attic'\nrequire_encryption = true\n"
     );
     let memory = Guest::parse(Path::new("/g/guest.toml"), &text).expect("the configuration is right").memory;
     assert_eq!((memory.on_loss, memory.helper.len()), (OnLoss::LocalDisk, 2));
+    assert_eq!(memory.compress, Compress::Off);
     assert_eq!(memory.swap_file.as_deref(), Some(Path::new("/g/swap")));
     assert_eq!(Peer::from(&memory.helper[1]).expected_node().as_deref(), Some("attic"));
     assert_eq!(Peer::from(&memory.helper[0]).expected_node().as_deref(), Some("pc2"));

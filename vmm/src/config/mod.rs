@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::units::{Bytes, Span};
 
-pub use memory::{Helper, Memory, NumaNode, OnLoss};
+pub use memory::{Compress, Helper, Memory, NumaNode, OnLoss};
 pub use peer::Peer;
 pub use toml_file::{Mistake, Mistakes};
 pub use validate::{LONGEST_CMDLINE, LONGEST_SERIAL, MOST_CPUS, MOST_DEVICES, name_mistake, parse_mac};

@@ -11,6 +11,7 @@ use std::collections::BTreeMap;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::memory::store::Compression;
 use crate::units::Bytes;
 
 pub use client::Client;
@@ -170,6 +171,9 @@ pub struct HelperStatus {
     pub room: u64,
     /// Pieces that are still to move away.
     pub leaving: u64,
+    /// What compressing its pages on their way came to.
+    #[serde(default)]
+    pub compression: Compression,
 }
 
 /// One device of a machine.

@@ -47,5 +47,6 @@ fn status(helper: &HelperReport) -> HelperStatus {
         pieces: helper.pieces,
         room: helper.room,
         leaving: helper.leaving,
+        compression: helper.compression,
     }
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::paging::Paging;
 use crate::control::{Counters, Peers};
-use crate::memory::store::{HelperReport, Standing};
+use crate::memory::store::{Compression, HelperReport, Standing};
 
 impl Paging {
     /// What was counted, by group: `memory`, and `helper0` and so on.
@@ -44,6 +44,8 @@ impl Paging {
 
 fn helper_counters(helper: &HelperReport) -> BTreeMap<String, u64> {
     let HelperReport { pages, fetched, stored, copied, lost, pieces, room, leaving, .. } = *helper;
+    let Compression { connections, pages: packed, raw_bytes, packed_bytes, switches, link, per_mille } =
+        helper.compression;
     let away = u64::from(matches!(helper.standing, Standing::Away { .. }));
     let left = u64::from(matches!(helper.standing, Standing::Left { .. }));
     let numbers = [
@@ -58,6 +60,13 @@ fn helper_counters(helper: &HelperReport) -> BTreeMap<String, u64> {
         ("draining", u64::from(helper.draining)),
         ("away", away),
         ("left", left),
+        ("packing", connections),
+        ("packed_pages", packed),
+        ("packed_from_bytes", raw_bytes),
+        ("packed_to_bytes", packed_bytes),
+        ("packing_switches", switches),
+        ("link_bytes_per_second", link),
+        ("packed_per_mille", per_mille),
     ];
     numbers.map(|(name, number)| (name.to_owned(), number)).into()
 }

@@ -76,6 +76,7 @@ fn terms(guest: &config::Guest, shards: Shards) -> Terms {
     };
     let mut terms = Terms::new(&guest.name, &agents::client(&guest.name), shards, on_loss);
     terms.swap_file.clone_from(&guest.memory.swap_file);
+    terms.compress = guest.memory.compress;
     if let Some(patience) = guest.memory.patience {
         terms.patience = patience.0;
     }

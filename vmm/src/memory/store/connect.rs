@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use transport::blocking::{self, Client};
 use transport::wire::{Class, Status};
 
+use super::compress::Compress;
 use super::control::{Control, Mailbox};
 use super::core::{Core, Settings};
 use super::file::{self, SwapFile};
@@ -46,6 +47,8 @@ pub struct Terms {
     pub on_loss: OnLoss,
     /// Where the local file is made; only for [`OnLoss::LocalDisk`], which needs it.
     pub swap_file: Option<PathBuf>,
+    /// Whether pages are packed on their way.
+    pub compress: Compress,
     /// A helper that is away for longer does not count any more, where what it keeps is elsewhere too.
     pub patience: Duration,
     /// A connection that carried nothing for this long, though pinged, is dead.
@@ -66,6 +69,7 @@ impl Terms {
             shards,
             on_loss,
             swap_file: None,
+            compress: Compress::Auto,
             patience: Duration::from_secs(10),
             dead_after: Duration::from_secs(5),
             hedge: Duration::from_millis(250),
@@ -209,7 +213,7 @@ pub fn connect(helpers: &[Helper], terms: &Terms) -> Result<Connected, ConnectEr
     let mut cores: Vec<(Core, Vec<Link>)> =
         (0..shards.count()).map(|shard| (core(shard), Vec::new())).collect();
     for ((remotes, helper), room) in remotes.into_iter().zip(helpers).zip(&rooms) {
-        let counters: Vec<Arc<Counters>> = remotes.iter().map(|_| Arc::default()).collect();
+        let counters: Vec<Arc<Counters>> = remotes.iter().map(Remote::counters).collect();
         let metrics = remotes.iter().map(|remote| Some(remote.metrics()));
         health.add(&helper.agent, counters.iter().cloned().zip(metrics).collect());
         for ((((core, links), remote), counters), room) in
@@ -283,7 +287,8 @@ pub(super) fn take(
         helper.node = helper.node.or_else(|| client.proven().map(|peer| peer.name.clone()));
         let lease = Lease { epoch: taken.epoch, holder: *holder };
         let holding = Holding { take, taken: Some(taken) };
-        let remote = Remote::new(helper.clone(), terms.name.clone(), terms.dead_after, holding);
+        let remote =
+            Remote::new(helper.clone(), terms.name.clone(), terms.dead_after, terms.compress, holding);
         remotes.push(remote.inspect_err(|_| release(&helper, &terms.name, lease))?);
     }
     Ok(remotes)

@@ -98,7 +98,7 @@ impl Control {
         let _one_by_one = self.adding.lock().unwrap_or_else(PoisonError::into_inner);
         let room = connect::split(helper.size / self.terms.piece_bytes(), self.mailboxes.len());
         let remotes = connect::take(helper, &self.terms, &self.holders, &room)?;
-        let counters: Vec<Arc<Counters>> = remotes.iter().map(|_| Arc::default()).collect();
+        let counters: Vec<Arc<Counters>> = remotes.iter().map(Remote::counters).collect();
         let views =
             counters.iter().cloned().zip(remotes.iter().map(|remote| Some(remote.metrics()))).collect();
         self.health.add(&helper.agent, views);

@@ -9,6 +9,8 @@ use std::time::{Duration, Instant};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use transport::metrics::{Metrics, Snapshot};
 
+use super::compress::{Compression, Tally};
+
 /// How a helper is, as one handler sees it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Standing {
@@ -41,6 +43,7 @@ pub(super) struct Counters {
     pub(super) room: AtomicU64,
     /// Pieces that are to move away and have not.
     pub(super) leaving: AtomicU64,
+    pub(super) compression: Arc<Tally>,
 }
 
 /// What a handler tells about one helper.
@@ -101,6 +104,8 @@ pub struct HelperReport {
     pub room: u64,
     /// Pieces that are still to move away.
     pub leaving: u64,
+    /// What packing its pages came to.
+    pub compression: Compression,
     /// What the connections count, one for each handler; none for the local file.
     pub connections: Vec<Snapshot>,
 }
@@ -272,6 +277,8 @@ fn helper(place: &Place) -> HelperReport {
     let sum = |get: fn(&Counters) -> &AtomicU64| {
         place.views.iter().map(|view| get(&view.counters).load(Ordering::Relaxed)).sum()
     };
+    let mut compression = Compression::default();
+    place.views.iter().for_each(|view| compression.add(&view.counters.compression));
     HelperReport {
         name: place.name.clone(),
         standing: worst(&place.views),
@@ -284,6 +291,7 @@ fn helper(place: &Place) -> HelperReport {
         pieces: sum(|c| &c.pieces),
         room: sum(|c| &c.room),
         leaving: sum(|c| &c.leaving),
+        compression,
         connections: place.views.iter().filter_map(|view| Some(view.metrics.as_ref()?.snapshot())).collect(),
     }
 }

@@ -9,6 +9,7 @@ use transport::ring::{Completion, Ring};
 use super::fault::Page;
 
 mod ask;
+mod compress;
 mod connect;
 mod control;
 mod copies;
@@ -18,6 +19,7 @@ mod health;
 #[cfg(test)]
 mod model_test;
 mod moves;
+pub mod packed;
 mod placement;
 pub mod protocol;
 mod remote;
@@ -26,6 +28,7 @@ mod stores;
 #[cfg(test)]
 pub(crate) mod testing;
 
+pub use compress::{Compress, Compression};
 pub use connect::{ConnectError, Connected, OnLoss, Terms, connect};
 pub use control::{Control, NoSuchHelper};
 pub use file::Error as FileError;

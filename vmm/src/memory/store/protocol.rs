@@ -60,6 +60,13 @@ pub const NAMES: [(u16, &str); 8] = [
     (opcode::STATUS, "memory_status"),
 ];
 
+/// Bits of the `flags` of [`Pages`]. In [`Opened`] those that the agent knows.
+pub mod flag {
+    /// Of a store: its payload is [packed](crate::memory::store::packed). Of a fetch: the answer's may be, and its body
+    /// is a [`Packing`](super::Packing).
+    pub const PACKED: u32 = 1;
+}
+
 /// Answers other than success. The body is a [`Refusal`], of [`ABSENT`](status::ABSENT) an
 /// [`Absent`].
 pub mod status {
@@ -151,8 +158,17 @@ pub struct Pages {
     pub first: u64,
     /// How many: 1 to [`MAX_PAGES`], which the store checks.
     pub count: u32,
-    /// None is known yet; an agent answers unknown ones with [`status::UNSUPPORTED`].
+    /// Of [`flag`]; an agent answers unknown ones with [`status::UNSUPPORTED`].
     pub flags: u32,
+}
+
+/// How the pages of a fetch come that allowed [`flag::PACKED`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Packing {
+    /// They are packed; if not, it would not have paid.
+    pub packed: bool,
+    /// How long the agent was about it; 4 s at most.
+    pub took: Duration,
 }
 
 /// A page of a fetch is not there: never zeros in its place.
@@ -342,6 +358,32 @@ impl Pages {
     }
 }
 
+impl Packing {
+    /// As bytes.
+    #[must_use]
+    pub fn encode(&self) -> Body {
+        let flags = if self.packed { flag::PACKED } else { 0 };
+        let took = u32::try_from(self.took.as_nanos()).unwrap_or(u32::MAX);
+        let mut out = Body::new();
+        out.extend(flags.to_le_bytes());
+        out.extend(took.to_le_bytes());
+        out
+    }
+
+    /// From bytes.
+    ///
+    /// # Errors
+    /// They are none of this: also if there are flags that are not known.
+    pub fn decode(bytes: &[u8]) -> Result<Self, Malformed> {
+        let mut r = Reader::new(bytes, "packing of pages");
+        let (flags, took) = (r.u32()?, r.u32()?);
+        if flags & !flag::PACKED != 0 {
+            return Err(r.malformed());
+        }
+        r.end(Self { packed: flags != 0, took: Duration::from_nanos(took.into()) })
+    }
+}
+
 impl Absent {
     /// As bytes.
     #[must_use]
@@ -404,6 +446,7 @@ pub fn fuzz(data: &[u8]) {
         Open::decode(data).ok().map(|v| v.encode()),
         Opened::decode(data).ok().map(|v| v.encode()),
         Pages::decode(data).ok().map(|v| v.encode()),
+        Packing::decode(data).ok().map(|v| v.encode()),
         Absent::decode(data).ok().map(|v| v.encode()),
         Forget::decode(data).ok().map(|v| v.encode()),
     ];

@@ -14,6 +14,7 @@ fn samples() -> Vec<(&'static str, Body)> {
         ("open", Open { epoch: 9, holder: 7, instance: 5 << 80 }.encode()),
         ("opened", Opened { pages: 1 << 20, quota: 1 << 18, used: 12, flags: 0 }.encode()),
         ("pages", Pages { epoch: 9, first: 4096, count: 256, flags: 0 }.encode()),
+        ("packing", Packing { packed: true, took: Duration::from_nanos(7000) }.encode()),
         ("absent", Absent { page: 77 }.encode()),
         ("forget", Forget { epoch: 9, ranges: smallvec![5..6, 100..4196] }.encode()),
         (
@@ -49,6 +50,7 @@ fn refused() -> Vec<(&'static str, Vec<u8>)> {
         ("forget-backward-range", forget(&[(8, 7)])),
         ("forget-cut", cut),
         ("forget-too-many", forget(&[(1, 2); MAX_RANGES + 1])),
+        ("packing-unknown-flag", vec![2, 0, 0, 0, 9, 0, 0, 0]),
         ("empty", Vec::new()),
     ]
 }
@@ -83,6 +85,7 @@ fn a_body_that_makes_no_sense_is_refused_and_none_is_taken_for_another() {
     for (name, bytes) in refused() {
         assert!(Take::decode(&bytes).is_err() || !name.starts_with("take"), "{name}");
         assert!(Forget::decode(&bytes).is_err() || !name.starts_with("forget"), "{name}");
+        assert!(Packing::decode(&bytes).is_err() || !name.starts_with("packing"), "{name}");
     }
     for (name, body) in samples() {
         assert!(Take::decode(&body).is_err() || name == "take", "{name} is taken for a lease request");
@@ -119,6 +122,8 @@ proptest! {
         prop_assert_eq!(Opened::decode(&opened.encode()), Ok(opened));
         let pages = Pages { epoch, first: expected, count, flags };
         prop_assert_eq!(Pages::decode(&pages.encode()), Ok(pages));
+        let packing = Packing { packed: flags & 1 == 1, took: Duration::from_nanos(count.into()) };
+        prop_assert_eq!(Packing::decode(&packing.encode()), Ok(packing));
         let absent = Absent { page: epoch };
         prop_assert_eq!(Absent::decode(&absent.encode()), Ok(absent));
         let ranges = ranges.into_iter().map(|(start, len)| u64::from(start)..u64::from(start) + len).collect();

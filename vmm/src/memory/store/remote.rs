@@ -27,6 +27,8 @@ use transport::wire::{Class, Status};
 
 use super::Urgency;
 use super::ask::{Ask, News, Outcome, What};
+use super::compress::{Compress, Compressor};
+use super::health::Counters;
 use super::protocol::{
     Absent, Forget, Lease, OPERATIONS, Open, Opened, Pages, Refusal, Take, Taken, opcode, status,
 };
@@ -113,6 +115,7 @@ pub(super) struct Remote {
     renewing: bool,
     /// When another lease was asked for last.
     leased: Option<Instant>,
+    compressor: Compressor,
     /// The connection was closed for good.
     shut: bool,
     events: Vec<Event>,
@@ -124,6 +127,7 @@ impl Remote {
         helper: Helper,
         name: String,
         dead_after: Duration,
+        compress: Compress,
         holding: Holding,
     ) -> io::Result<Self> {
         let names = Names::of(&devices::disk::remote::with_port(&helper.agent))?;
@@ -143,6 +147,7 @@ impl Remote {
             renew_at: None,
             renewing: false,
             leased: None,
+            compressor: Compressor::new(compress),
             shut: false,
             events: Vec::new(),
         })
@@ -155,6 +160,11 @@ impl Remote {
 
     pub(super) fn metrics(&self) -> Arc<Metrics> {
         Arc::clone(&self.metrics)
+    }
+
+    /// What is counted of it, with what it counts itself.
+    pub(super) fn counters(&self) -> Arc<Counters> {
+        Arc::new(Counters { compression: self.compressor.tally(), ..Counters::default() })
     }
 
     pub(super) fn attach(&mut self, ring: &mut Ring) -> io::Result<()> {
@@ -183,14 +193,16 @@ impl Remote {
             let call = match what {
                 What::Fetch { first, count, urgency } => {
                     let class = if urgency == Urgency::Fault { Class::Urgent } else { Class::Bulk };
-                    let body = Pages { epoch, first, count, flags: 0 }.encode();
+                    let flags = self.compressor.fetch(tag, count as usize * PAGE);
+                    let body = Pages { epoch, first, count, flags }.encode();
                     let answer = Buffer::zeroed(count as usize * PAGE);
                     Call { answer, ..Call::new(tag, opcode::FETCH, class, body) }
                 }
                 What::Store { first, content } => {
                     let count = (content.len() / PAGE) as u32;
-                    let body = Pages { epoch, first, count, flags: 0 }.encode();
-                    Call { payload: content, once: true, ..Call::new(tag, opcode::STORE, Class::Bulk, body) }
+                    let (payload, flags) = self.compressor.store(tag, content);
+                    let body = Pages { epoch, first, count, flags }.encode();
+                    Call { payload, once: true, ..Call::new(tag, opcode::STORE, Class::Bulk, body) }
                 }
                 What::Forget { ranges } => {
                     let body = Forget { epoch, ranges }.encode();
@@ -298,6 +310,7 @@ impl Remote {
                 tracing::info!(helper = %self.helper.agent, %carrier, %why, "The connection's carrier changed");
             }
             Event::Lost { reason } => {
+                self.compressor.lost();
                 if std::mem::replace(&mut self.up, false) {
                     tracing::info!(helper = %self.helper.agent, %reason, "The connection was lost; pages wait");
                 }
@@ -308,7 +321,7 @@ impl Remote {
         true
     }
 
-    fn answered(&mut self, answer: Answer, now: Instant, news: &mut Vec<News>) -> bool {
+    fn answered(&mut self, mut answer: Answer, now: Instant, news: &mut Vec<News>) -> bool {
         let gone = answer.status == status::GONE && self.phase != Phase::Leaving;
         if answer.tag & OWN == 0 {
             if gone {
@@ -318,7 +331,10 @@ impl Remote {
             if answer.status == status::NOT_OPEN && self.phase == Phase::Serving {
                 self.set_up(now);
             }
-            news.push(News::Answer(answer.tag, outcome(answer)));
+            let unpacked = self.compressor.answered(&mut answer);
+            let tag = answer.tag;
+            let outcome = unpacked.map_or_else(Outcome::Refused, |()| outcome(answer));
+            news.push(News::Answer(tag, outcome));
             return true;
         }
         match answer.tag & u64::from(u32::MAX) {
@@ -353,6 +369,7 @@ impl Remote {
             }
             Some(Taken { epoch, instance, .. }) => {
                 self.phase = Phase::Opening;
+                self.compressor.opening();
                 (opcode::OPEN, Open { epoch, holder: self.holding.take.holder, instance }.encode())
             }
         };
@@ -371,7 +388,8 @@ impl Remote {
                 self.holding.taken = Some(taken);
                 self.set_up(now);
             }),
-            (Status::OK, Phase::Opening) => Opened::decode(&answer.body).map(|_| {
+            (Status::OK, Phase::Opening) => Opened::decode(&answer.body).map(|opened| {
+                self.compressor.opened(opened.flags);
                 self.phase = Phase::Serving;
                 self.renew_at = None;
                 self.channel.iter_mut().for_each(Channel::ready);
@@ -402,6 +420,7 @@ impl Remote {
     fn start_over(&mut self, ring: &mut Ring) {
         self.holding.taken = None;
         self.phase = Phase::Apart;
+        self.compressor.lost();
         (self.up, self.renewing, self.renew_at) = (false, false, None);
         self.events.clear();
         if let Some(channel) = &mut self.channel {
