@@ -26,6 +26,11 @@ fn one_interval_of_every_guest_is_a_table_or_json() {
     let guests = report["guests"].as_array().expect("a list");
     assert_eq!(guests.iter().map(|g| g["name"].as_str()).collect::<Vec<_>>(), [Some("alone"), Some("far")]);
     assert_eq!(guests[0]["peers"], serde_json::json!([]), "{once:?}");
+    assert_eq!(
+        (&guests[0]["memory"], &guests[1]["waits_for"]),
+        (&serde_json::Value::Null, &serde_json::Value::Null),
+        "all is here: {once:?}"
+    );
     let peer = &guests[1]["peers"][0];
     assert_eq!((&peer["device"], &peer["name"]), (&"disk0".into(), &"attic".into()), "{once:?}");
     assert_eq!((&peer["connected"], &peer["carrier"]), (&true.into(), &"tcp".into()), "{once:?}");

@@ -8,7 +8,7 @@ use std::time::Duration;
 use serde::de::DeserializeOwned;
 
 use super::protocol::{Answer, Command, LONGEST_ANSWER, Outcome, Request, VERSION};
-use super::{Counters, HelperStatus, Peers, Status};
+use super::{Counters, HelperStatus, MemoryStatus, Peers, Status};
 
 /// A request could not be made or was refused.
 #[derive(Debug, thiserror::Error)]
@@ -65,6 +65,14 @@ impl Client {
     /// See [`Client::ask`].
     pub fn peers(&mut self) -> Result<Peers, Error> {
         self.ask_for(Command::Peers)
+    }
+
+    /// Where the guest's memory is.
+    ///
+    /// # Errors
+    /// See [`Client::ask`].
+    pub fn memory(&mut self) -> Result<MemoryStatus, Error> {
+        self.ask_for(Command::Memory)
     }
 
     /// How the helpers are that lend the guest memory.

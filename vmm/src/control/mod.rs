@@ -11,6 +11,7 @@ use std::collections::BTreeMap;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::memory::fault;
 use crate::memory::store::Compression;
 use crate::units::Bytes;
 
@@ -53,6 +54,12 @@ pub trait Controlled: Send + Sync {
 
     /// What was counted with the peers of its devices. Answers at once in every state.
     fn peers(&self) -> Peers;
+
+    /// Where the guest's memory is, and what its fault handlers counted. Answers at once in every state.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] of a guest whose memory is all on this PC.
+    fn memory(&self) -> Result<MemoryStatus, Error>;
 
     /// How the helpers are that lend the guest memory. Answers at once in every state.
     ///
@@ -140,6 +147,17 @@ pub struct Waiting {
     pub why: String,
     /// Milliseconds since something waits for it.
     pub for_ms: u64,
+}
+
+/// The memory of a guest that has some of it on other PCs.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemoryStatus {
+    /// What its fault handlers counted, all together.
+    pub counters: fault::Counters,
+    /// Pieces with fewer copies than the policy asks for.
+    pub degraded_pieces: u64,
+    /// The PCs that lend it, in the order in which counters and peers number them: `helper0` and so on.
+    pub helpers: Vec<HelperStatus>,
 }
 
 /// A PC that lends a guest memory, or the local file that keeps a copy of it.

@@ -46,6 +46,8 @@ pub enum Command {
     SaveState,
     /// Answers with a list of [`HelperStatus`](super::HelperStatus).
     MemoryHelpers,
+    /// Answers with [`MemoryStatus`](super::MemoryStatus).
+    Memory,
     /// Has everything moved away from a helper; answers with its name among the helpers.
     MemoryDrain {
         /// Its agent as it is configured, its host, or its node.

@@ -11,7 +11,7 @@ use std::time::Duration;
 use transport::metrics::Snapshot;
 
 use super::super::client::{Client, Error as ClientError};
-use super::super::{Controlled, Counters, Error, HelperStatus, Peers, State, Status};
+use super::super::{Controlled, Counters, Error, HelperStatus, MemoryStatus, Peers, State, Status};
 use super::{Command, Console, Server};
 use crate::units::Bytes;
 
@@ -77,6 +77,12 @@ impl Controlled for Machine {
 
     fn peers(&self) -> Peers {
         [("disk0".to_owned(), Snapshot { peer: "pc2".into(), connects: 3, ..Snapshot::default() })].into()
+    }
+
+    fn memory(&self) -> Result<MemoryStatus, Error> {
+        let mut memory = MemoryStatus { degraded_pieces: 2, ..MemoryStatus::default() };
+        (memory.counters.resident, memory.counters.latency.count) = (7, 3);
+        Ok(memory)
     }
 
     fn helpers(&self) -> Result<Vec<HelperStatus>, Error> {
@@ -152,6 +158,7 @@ fn every_command_reaches_the_machine_and_its_answer_comes_back() {
     assert_eq!(client.status().expect("a status"), bench.machine.status());
     assert_eq!(client.counters().expect("counters"), bench.machine.counters());
     assert_eq!(client.peers().expect("peers"), bench.machine.peers());
+    assert_eq!(client.memory().ok(), bench.machine.memory().ok());
     client.ask(Command::PowerOff).expect("it is pressed");
     client.ask(Command::Balloon { target: Bytes(64 << 20) }).expect("it is asked");
     client.ask(Command::Pause).expect("it pauses");

@@ -9,7 +9,9 @@ use serde::Serialize;
 use super::paging::Paging;
 use super::parts::{Parts, lock};
 use super::{Error, Exit};
-use crate::control::{self, Controlled, Counters, DeviceStatus, HelperStatus, Peers, State, Status, Waiting};
+use crate::control::{
+    self, Controlled, Counters, DeviceStatus, HelperStatus, MemoryStatus, Peers, State, Status, Waiting,
+};
 use crate::kvm::{CpuState, PartitionState};
 use crate::units::Bytes;
 
@@ -153,6 +155,10 @@ impl Controlled for Controller {
         let mut peers: Peers = self.parts.devices.iter().filter_map(peer).collect();
         peers.extend(self.parts.paging.iter().flat_map(|paging| paging.peers()));
         peers
+    }
+
+    fn memory(&self) -> Result<MemoryStatus, control::Error> {
+        Ok(self.paging()?.memory())
     }
 
     fn helpers(&self) -> Result<Vec<HelperStatus>, control::Error> {

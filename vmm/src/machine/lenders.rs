@@ -2,10 +2,17 @@
 
 use super::paging::Paging;
 use crate::config;
-use crate::control::HelperStatus;
+use crate::control::{HelperStatus, MemoryStatus};
 use crate::memory::store::{HelperReport, Standing};
 
 impl Paging {
+    /// Where the guest's memory is.
+    pub(super) fn memory(&self) -> MemoryStatus {
+        let report = self.health.report();
+        let helpers = report.helpers.iter().map(status).collect();
+        MemoryStatus { counters: self.engine.counters(), degraded_pieces: report.degraded, helpers }
+    }
+
     /// How each of them is.
     pub(super) fn helpers(&self) -> Vec<HelperStatus> {
         self.health.report().helpers.iter().map(status).collect()

@@ -1,5 +1,6 @@
 //! `omega top`: what the guests here do with other PCs, live.
 
+mod memory;
 mod sample;
 mod view;
 

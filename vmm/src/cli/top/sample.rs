@@ -9,7 +9,8 @@ use transport::wire::Class;
 
 use super::super::Failure;
 use super::super::runtime::{self, Folder};
-use crate::control::{Client, Peers, State};
+use super::memory::{Memory, Said};
+use crate::control::{Client, State, Status, Waiting};
 
 /// How long a guest may take to answer; one that does not must not hold up the others for long.
 const PATIENCE: Duration = Duration::from_millis(500);
@@ -35,6 +36,10 @@ pub(super) struct Guest {
     pub(super) state: Option<State>,
     pub(super) vcpus: u8,
     pub(super) uptime_ms: u64,
+    /// The helper that it stands still for, if it does.
+    pub(super) waits_for: Option<Waiting>,
+    /// None of a guest whose memory is all on this PC.
+    pub(super) memory: Option<Memory>,
     pub(super) peers: Vec<Peer>,
 }
 
@@ -106,10 +111,13 @@ impl Peer {
     }
 }
 
+pub(super) fn micros(latency: Option<Duration>) -> Option<f64> {
+    latency.map(|latency| latency.as_nanos() as f64 / 1000.0)
+}
+
 impl Rates {
     fn new(series: &Series, seconds: f64) -> Self {
         let rate = |n: u64| if seconds > 0.0 { n as f64 / seconds } else { 0.0 };
-        let micros = |latency: Option<Duration>| latency.map(|latency| latency.as_nanos() as f64 / 1000.0);
         Self {
             class: series.class,
             operation: series.operation.clone(),
@@ -130,7 +138,7 @@ impl Rates {
 struct Known {
     client: Client,
     pid: u32,
-    peers: Peers,
+    said: Said,
     at: Instant,
 }
 
@@ -163,34 +171,38 @@ impl Sampler {
         let pid = folder.process()?;
         let known = known.filter(|known| known.pid == pid);
         let (client, earlier) = match known {
-            Some(known) => (Ok(known.client), Some((known.peers, known.at))),
+            Some(known) => (Ok(known.client), Some((known.said, known.at))),
             None => (Client::connect(&folder.control(), Some(PATIENCE)), None),
         };
         let answers = client.and_then(|mut client| {
             let status = client.status()?;
-            // A guest of an older version knows no peers.
-            let peers = client.peers().unwrap_or_default();
-            Ok((client, status, peers))
+            // A guest of an older version knows no peers, and one whose memory is all here has none elsewhere.
+            let (peers, memory) = (client.peers().unwrap_or_default(), client.memory().ok());
+            Ok((client, status, peers, memory))
         });
         let name = folder.name().to_owned();
-        let Ok((client, status, peers)) = answers else {
-            let (state, peers) = (None, Vec::new());
-            return Some(Guest { name, pid, state, vcpus: 0, uptime_ms: 0, peers });
+        let Ok((client, status, peers, memory)) = answers else {
+            let (state, waits_for, memory, peers) = (None, None, None, Vec::new());
+            return Some(Guest { name, pid, state, vcpus: 0, uptime_ms: 0, waits_for, memory, peers });
         };
         let at = Instant::now();
         let seconds = earlier.as_ref().map_or(0.0, |(_, then)| at.duration_since(*then).as_secs_f64());
         let nothing = Snapshot::default();
         let shown = peers.iter().map(|(device, now)| {
             let then = match &earlier {
-                Some((then, _)) => then.get(device).unwrap_or(&nothing),
+                Some((then, _)) => then.peers.get(device).unwrap_or(&nothing),
                 // Nothing is known of an interval yet.
                 None => now,
             };
             Peer::new(device, now, &now.since(then), seconds)
         });
         let shown = shown.collect();
-        self.guests.insert(name.clone(), Known { client, pid, peers, at });
-        let (state, vcpus) = (Some(status.state), status.vcpus);
-        Some(Guest { name, pid, state, vcpus, uptime_ms: status.uptime_ms, peers: shown })
+        let lends = memory.is_some();
+        let said = Said { memory: memory.unwrap_or_default(), peers };
+        let before = earlier.as_ref().map_or(&said, |(then, _)| then);
+        let memory = lends.then(|| Memory::new(before, &said, seconds));
+        self.guests.insert(name.clone(), Known { client, pid, said, at });
+        let Status { state, vcpus, uptime_ms, waits_for, .. } = status;
+        Some(Guest { name, pid, state: Some(state), vcpus, uptime_ms, waits_for, memory, peers: shown })
     }
 }

@@ -3,8 +3,9 @@
 use std::time::Duration;
 
 use super::super::args::Order;
-use super::super::guests::{state, uptime};
+use super::super::guests::{state, uptime, waits};
 use super::super::human::{harmless, latency, mebibytes, short};
+use super::memory::Memory;
 use super::sample::{Guest, Peer, Rates, Report};
 
 /// The heading of the classes' lines; everything fits 80 columns.
@@ -66,7 +67,11 @@ fn body(report: &Report, order: Order) -> Vec<String> {
             lines.push(String::new());
         }
         lines.push(headline(guest));
-        let mut peers: Vec<&Peer> = guest.peers.iter().collect();
+        lines.extend(guest.waits_for.as_ref().map(|waiting| format!("  waits for {}", waits(waiting))));
+        lines.extend(guest.memory.iter().flat_map(Memory::lines));
+        // A helper has one line there for all of its connections.
+        let shown = |peer: &&Peer| guest.memory.is_none() || !peer.device.starts_with("helper");
+        let mut peers: Vec<&Peer> = guest.peers.iter().filter(shown).collect();
         if order == Order::Traffic {
             peers.sort_by(|a, b| b.rate().total_cmp(&a.rate()));
         }
@@ -159,7 +164,8 @@ mod tests {
             operations: Vec::new(),
         };
         let (state, peers) = (Some(State::Running), vec![peer]);
-        Guest { name: name.into(), pid: 1, state, vcpus: 4, uptime_ms: 61_000, peers }
+        let (waits_for, memory) = (None, None);
+        Guest { name: name.into(), pid: 1, state, vcpus: 4, uptime_ms: 61_000, waits_for, memory, peers }
     }
 
     fn report(guests: Vec<Guest>) -> Report {

@@ -13,6 +13,7 @@ macro_rules! numbers {
     ($($(#[doc = $doc:literal])+ $name:ident,)+) => {
         /// What was counted until some moment, over all handlers. Sizes are in pages of 4 KiB.
         #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+        #[serde(default)]
         pub struct Counters {
             $($(#[doc = $doc])+ pub $name: u64,)+
             /// How long threads stood still for a page that had to be fetched, from when their fault was read
@@ -27,6 +28,18 @@ macro_rules! numbers {
             pub(super) latency: Histogram,
             /// Why pages are lost, the first time.
             pub(super) lost_why: Mutex<Option<String>>,
+        }
+
+        impl Counters {
+            /// What was counted after `earlier`. Numbers that rise and fall, as pages by where they are, mean nothing
+            /// in it.
+            #[must_use]
+            pub fn since(&self, earlier: &Self) -> Self {
+                Self {
+                    $($name: self.$name.saturating_sub(earlier.$name),)+
+                    latency: self.latency.since(&earlier.latency),
+                }
+            }
         }
 
         impl Tally {
