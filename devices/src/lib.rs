@@ -9,6 +9,7 @@ pub mod bus;
 pub mod disk;
 #[doc(hidden)]
 pub mod fuzzing;
+pub mod interrupt;
 pub mod irq;
 pub mod lifecycle;
 pub mod pci;
