@@ -128,7 +128,12 @@ impl Plain {
         Ok(if median(&together) < median(&free) { together } else { free })
     }
 
-    fn touch(&mut self, slice: Duration) -> Result<Vec<f64>> {
+    /// Touches missing pages for `slice`, wherever the scheduler puts the threads; how long each touch took, in
+    /// microseconds.
+    ///
+    /// # Errors
+    /// Memory cannot be given back.
+    pub fn touch(&mut self, slice: Duration) -> Result<Vec<f64>> {
         let (start, mut times) = (Instant::now(), Vec::new());
         while start.elapsed() < slice {
             if self.touched == self.region.pages() {
@@ -163,7 +168,8 @@ impl Drop for Plain {
         // The handler ends after the next page.
         self.stop.store(true, Ordering::Relaxed);
         if self.give_back().is_ok() {
-            self.touch_one(0);
+            // Zeros, if it had not begun to wait for that.
+            let _ = self.region.read(0);
             if let Some(handler) = self.handler.take() {
                 let _ = handler.join();
             }
@@ -172,6 +178,9 @@ impl Drop for Plain {
         }
     }
 }
+
+// SAFETY: the mapping is its own, wherever the value is; it is reached through `Region`, which any thread may use.
+unsafe impl Send for Plain {}
 
 /// A descriptor that has an event for each touch of a missing page.
 fn userfault(memory: NonNull<c_void>, len: usize) -> std::io::Result<OwnedFd> {
