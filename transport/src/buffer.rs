@@ -29,6 +29,12 @@ pub(crate) struct Region {
     _owner: Option<Arc<dyn Any + Send + Sync>>,
 }
 
+impl std::fmt::Debug for Region {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Region({} bytes at {:#x})", self.len, self.base)
+    }
+}
+
 #[cfg_attr(not(feature = "rdma"), allow(dead_code, reason = "only a device asks, and this build has none"))]
 impl Region {
     /// Where it begins.

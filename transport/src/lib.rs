@@ -20,7 +20,7 @@ pub mod fuzzing;
 pub mod identity;
 mod link;
 pub mod metrics;
-mod pool;
+pub mod pool;
 pub mod ring;
 pub mod server;
 mod sessions;

@@ -13,6 +13,7 @@ const SMALLEST: usize = 4096;
 const SIZES: usize = (MAX_PAYLOAD / SMALLEST).ilog2() as usize + 1;
 
 /// One megabyte, carved into buffers of one size.
+#[derive(Debug)]
 struct Chunk {
     memory: Buffer,
     region: Option<Arc<Region>>,
@@ -22,20 +23,21 @@ struct Chunk {
 }
 
 /// A place in a chunk.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 struct Slot {
     chunk: usize,
     offset: usize,
 }
 
-#[derive(Default)]
+#[derive(Debug, Default)]
 struct State {
     chunks: Vec<Chunk>,
     free: [Vec<Slot>; SIZES],
 }
 
 /// See the [module](self).
-pub(crate) struct Pool {
+#[derive(Debug)]
+pub struct Pool {
     state: Arc<Mutex<State>>,
     most: usize,
     /// Chunks that the ring was asked to register.
@@ -61,13 +63,16 @@ impl Drop for Guard {
 
 impl Pool {
     /// A pool that grows to about `bytes`; beyond, buffers come from the heap.
-    pub(crate) fn new(bytes: u64) -> Self {
+    #[must_use]
+    pub fn new(bytes: u64) -> Self {
         let most = usize::try_from(bytes).unwrap_or(usize::MAX).div_ceil(MAX_PAYLOAD);
         Self { state: Arc::default(), most, asked: 0 }
     }
 
-    /// A buffer of `len` bytes.
-    pub(crate) fn take(&self, len: usize) -> Buffer {
+    /// A buffer of `len` bytes, aligned to a page. Its content is whatever an earlier user left there. It comes back
+    /// when the last buffer that shares its memory is dropped, on whatever thread.
+    #[must_use]
+    pub fn take(&self, len: usize) -> Buffer {
         if len == 0 {
             return Buffer::empty();
         }

@@ -18,10 +18,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use transport::blocking::{self, Client};
-use transport::buffer::Buffer;
 use transport::channel::{Answer, Call, Channel, Config, Event, Names, Transport};
 use transport::identity::Security;
 use transport::metrics::{Metrics, Recorder};
+use transport::pool::Pool;
 use transport::ring::{Completion, Ring};
 use transport::wire::{Class, Status};
 
@@ -36,6 +36,8 @@ use crate::memory::fault::PAGE;
 
 /// How long to wait before a set-up that was refused is tried again.
 const AGAIN: Duration = Duration::from_secs(1);
+/// Memory for answers: as much as a stream of faults has on its way, twice. More comes from the heap.
+const ANSWERS: u64 = 8 << 20;
 /// How long giving a lease back may take.
 pub(super) const RELEASE_TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -107,6 +109,8 @@ pub(super) struct Remote {
     recorder: Option<Recorder>,
     metrics: Arc<Metrics>,
     channel: Option<Channel>,
+    /// Answers are received into memory that earlier ones have warmed: it is not made anew, nor zeroed.
+    pool: Pool,
     phase: Phase,
     attempt: u64,
     /// A connection is there.
@@ -141,6 +145,7 @@ impl Remote {
             metrics: recorder.metrics(),
             recorder: Some(recorder),
             channel: None,
+            pool: Pool::new(ANSWERS),
             phase: Phase::Apart,
             attempt: 0,
             up: false,
@@ -195,7 +200,7 @@ impl Remote {
                     let class = if urgency == Urgency::Fault { Class::Urgent } else { Class::Bulk };
                     let flags = self.compressor.fetch(tag, count as usize * PAGE);
                     let body = Pages { epoch, first, count, flags }.encode();
-                    let answer = Buffer::zeroed(count as usize * PAGE);
+                    let answer = self.pool.take(count as usize * PAGE);
                     Call { answer, ..Call::new(tag, opcode::FETCH, class, body) }
                 }
                 What::Store { first, content } => {
