@@ -96,31 +96,54 @@ const SPIN: Duration = Duration::from_micros(50);
 /// sleeps too.
 const SHORT: Duration = Duration::from_micros(120);
 
-/// How long to watch before letting others run that want this CPU.
-const YIELD: Duration = Duration::from_micros(5);
+/// How long to watch between letting others run that want this CPU. Whoever was woken just now, as by a page that was
+/// put in place, often waits for it, and what is watched for comes of its work.
+const YIELD: Duration = Duration::from_micros(1);
 
 /// So many short waits in a row make the next one watch.
 const SHORT_WAITS: u32 = 8;
+
+/// What others take of a watched wait by keeping the CPU is at most this part of all time: for so many times as long
+/// nothing is watched.
+const REST: u32 = 32;
 
 /// Decides whether to watch or to sleep, by how long the last waits were.
 struct Haste {
     short: u32,
     /// With one CPU, whoever we wait for could not run meanwhile.
     alone: bool,
+    /// Others have a lot to do on this CPU; until then nothing is watched.
+    rests: Option<Instant>,
 }
 
 impl Haste {
     fn new() -> Self {
-        Self { short: 0, alone: std::thread::available_parallelism().is_ok_and(|cpus| cpus.get() == 1) }
+        let alone = std::thread::available_parallelism().is_ok_and(|cpus| cpus.get() == 1);
+        Self { short: 0, alone, rests: None }
     }
 
-    fn pays(&self) -> bool {
-        self.short >= SHORT_WAITS && !self.alone
+    fn pays(&mut self) -> bool {
+        if self.short < SHORT_WAITS || self.alone {
+            return false;
+        }
+        self.rests = self.rests.filter(|until| Instant::now() < *until);
+        self.rests.is_none()
     }
 
     /// A wait that slept took so long.
     fn note(&mut self, took: Duration) {
         self.short = if took < SHORT { SHORT_WAITS.min(self.short + 1) } else { 0 };
+    }
+
+    /// Somebody else has run on this CPU for so long. Who has a lot to do keeps it for long, and does not give it
+    /// back to who watches when something comes, but does to who sleeps.
+    /// `true`: watch no longer.
+    fn yielded(&mut self, took: Duration) -> bool {
+        let busy = took >= SHORT;
+        if busy {
+            self.rests = Some(Instant::now() + took * REST);
+        }
+        busy
     }
 
     /// It was watched in vain.
@@ -289,7 +312,7 @@ impl Ring {
     /// Watches the ring for so long at most; says whether something came.
     fn watch(&mut self, at_most: Duration) -> bool {
         let began = Instant::now();
-        let mut yields = YIELD;
+        let mut yields = Duration::ZERO;
         while !self.stirs() {
             let watched = began.elapsed();
             if watched >= at_most {
@@ -297,7 +320,11 @@ impl Ring {
             }
             if watched >= yields {
                 std::thread::yield_now();
-                yields = watched + YIELD;
+                let now = began.elapsed();
+                if self.haste.yielded(now.saturating_sub(watched)) {
+                    return self.stirs();
+                }
+                yields = now + YIELD;
             }
             std::hint::spin_loop();
         }
@@ -437,7 +464,7 @@ mod tests {
     #[test]
     fn a_ring_in_haste_sees_what_comes_sleeps_in_the_end_and_calms_down() {
         let mut ring = Ring::new(4).expect("io_uring works here");
-        ring.haste = Haste { short: SHORT_WAITS, alone: false };
+        ring.haste = Haste { short: SHORT_WAITS, alone: false, rests: None };
         let start = Instant::now();
         ring.wait(Some(Duration::from_millis(20))).expect("it waits");
         assert!(start.elapsed() >= Duration::from_millis(20) && ring.reap().is_none());
@@ -445,7 +472,7 @@ mod tests {
         let event = EventFd::new().expect("an event");
         let source = ring.source();
         for late in [0, 5] {
-            ring.haste = Haste { short: SHORT_WAITS, alone: false };
+            ring.haste = Haste { short: SHORT_WAITS, alone: false, rests: None };
             ring.poll_readable(event.as_fd().as_raw_fd(), false, source.token(late));
             std::thread::scope(|scope| {
                 scope.spawn(|| {
@@ -457,6 +484,18 @@ mod tests {
             });
             event.read().expect("it was rung");
         }
+    }
+
+    #[test]
+    fn who_lost_the_cpu_for_long_while_it_watched_sleeps_for_much_longer() {
+        let mut haste = Haste { short: SHORT_WAITS, alone: false, rests: None };
+        assert!(!haste.yielded(SHORT / 2) && haste.pays(), "somebody has run for a moment");
+        let lost = Duration::from_secs(10);
+        assert!(haste.yielded(lost) && !haste.pays());
+        let until = haste.rests.expect("it rests");
+        assert!(until.duration_since(Instant::now()) > lost * (REST - 1));
+        haste.rests = Some(Instant::now());
+        assert!(haste.pays(), "it has rested");
     }
 
     #[test]
