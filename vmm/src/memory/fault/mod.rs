@@ -19,9 +19,11 @@ pub use counters::Counters;
 pub use engine::{Engine, Error, Options};
 pub use geometry::{PAGE, Page, Piece, Pieces, Shards};
 
-/// How many handlers a guest of so many vCPUs gets: no more than can fault or run at once.
+/// How many handlers a guest of so many vCPUs gets: no more than can fault at once, and than leave a CPU of this PC for
+/// each to the vCPUs. Where CPUs are few, one handler answers several vCPUs faster than several fight for a CPU with
+/// them.
 #[must_use]
 pub fn handlers(vcpus: usize) -> usize {
     let host = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    vcpus.min(host).clamp(1, 4)
+    vcpus.min(host / 2).clamp(1, 4)
 }
