@@ -13,6 +13,7 @@ use crate::virtio::testing::{Harness, status};
 use crate::virtio::{Chain, QueueLayout, Virtqueue};
 
 pub use crate::disk::volume::fuzz as fuzz_volume;
+pub use crate::interrupt::fuzz::fuzz_interrupts;
 
 /// Entries of the fuzzed rings.
 const SIZE: u16 = 16;
@@ -235,5 +236,10 @@ mod tests {
     #[test]
     fn fuzz_pci_corpus_and_mutations_leave_a_function_that_a_power_cycle_mends() {
         exercise("pci", fuzz_pci, 1_000);
+    }
+
+    #[test]
+    fn fuzz_interrupts_corpus_and_mutations_leave_controllers_that_can_be_saved() {
+        exercise("interrupts", fuzz_interrupts, 2_000);
     }
 }

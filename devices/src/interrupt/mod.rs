@@ -8,15 +8,22 @@
 //!
 //! The design is drawn in `docs/interrupts.md`. No vCPU is wired to this yet.
 
+pub mod chipset;
+pub(crate) mod fuzz;
 pub mod io_apic;
 pub mod local;
 pub mod message;
+pub mod pic;
+pub mod pit;
 pub mod route;
 pub mod time;
 pub mod vectors;
 
+pub use chipset::Chipset;
 pub use io_apic::IoApic;
 pub use local::LocalApic;
 pub use message::{ApicId, Delivery, Destination, Message, Trigger};
+pub use pic::Pic;
+pub use pit::Pit;
 pub use route::{Targets, View, route};
 pub use time::{Deadline, Nanos, Now, Tsc};
