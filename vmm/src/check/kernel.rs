@@ -145,10 +145,19 @@ pub(super) fn memory() -> Vec<Line> {
 
 pub(super) fn limits() -> Vec<Line> {
     let files = limit("open files", Resource::RLIMIT_NOFILE, FILES, "nofile", |number| number.to_string());
+    let files = told(files, "many disks and connections may find no room");
     let locked = limit("locked memory", Resource::RLIMIT_MEMLOCK, LOCKED, "memlock", |number| {
         crate::units::Bytes(number).to_string()
     });
+    let why = "buffers of disks and connections, and of fault handlers with memory on other PCs, may not be registered \
+               and are slower";
+    let locked = told(locked, why);
     vec![files, locked]
+}
+
+/// Says what a limit that is too low means.
+fn told(line: Line, why: &str) -> Line {
+    if line.state == super::State::Degraded && line.why.is_none() { line.why(why) } else { line }
 }
 
 fn limit(name: &'static str, which: Resource, least: u64, item: &str, say: impl Fn(u64) -> String) -> Line {
@@ -156,8 +165,7 @@ fn limit(name: &'static str, which: Resource, least: u64, item: &str, say: impl 
         Ok((soft, _)) if soft == nix::sys::resource::RLIM_INFINITY => Line::ok(name, "no limit"),
         Ok((soft, _)) if soft >= least => Line::ok(name, format!("at most {}", say(soft))),
         Ok((soft, hard)) => {
-            let line = Line::degraded(name, format!("at most {}; {} is better", say(soft), say(least)))
-                .why("many disks and connections may find no room");
+            let line = Line::degraded(name, format!("at most {}; {} is better", say(soft), say(least)));
             // Limits of memory count in KiB there.
             let number = if item == "memlock" { least >> 10 } else { least };
             if hard >= least && item == "nofile" {

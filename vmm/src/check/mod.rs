@@ -120,7 +120,7 @@ pub fn report() -> Report {
     let mut lines = processor::lines();
     lines.push(kernel::version());
     lines.push(kernel::io_uring());
-    lines.push(userfault::line());
+    lines.extend(userfault::lines());
     lines.push(kernel::seccomp());
     lines.push(kernel::ktls());
     lines.extend(kernel::memory());

@@ -22,18 +22,8 @@ pub(crate) mod feature {
     pub(crate) const MISSING_SHARED: u64 = 1 << 5;
     /// Events name the thread.
     pub(crate) const THREAD: u64 = 1 << 8;
-    /// Minor faults of shared memory.
-    pub(crate) const MINOR_SHARED: u64 = 1 << 10;
-    /// Addresses of events are not rounded down.
-    pub(crate) const EXACT_ADDRESS: u64 = 1 << 11;
     /// Write protection of shared memory.
     pub(crate) const WRITE_PROTECT_SHARED: u64 = 1 << 12;
-    /// Write protection of pages that are not there.
-    pub(crate) const WRITE_PROTECT_UNPOPULATED: u64 = 1 << 13;
-    /// Poisoned pages.
-    pub(crate) const POISON: u64 = 1 << 14;
-    /// Pages moved without a copy.
-    pub(crate) const MOVE: u64 = 1 << 16;
 }
 
 const UFFD_API: u64 = 0xaa;
