@@ -19,6 +19,7 @@ use transport::buffer::Buffer;
 use transport::channel::Answer;
 use transport::wire::Status;
 
+use super::Urgency;
 use super::packed::Packer;
 use super::protocol::{PAGE, Packing, flag, status};
 
@@ -48,13 +49,48 @@ struct Figures {
     ratio: f64,
 }
 
-/// Whether pages are to be packed from now on; `packs` says whether they are now.
-///
-/// What counts is how long one page takes, from end to end: packing, the link and unpacking one after the other. So
-/// nobody who waits for a page waits longer for it. It has to gain a fifth to begin and a twentieth to go on.
-fn pays(figures: &Figures, packs: bool) -> bool {
+/// How transfers follow each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Load {
+    /// Somebody waits for this one: packing, the link and unpacking come one after the other.
+    Alone,
+    /// There are more: while one is packed here, another is on the link and a third is unpacked there.
+    Row,
+}
+
+/// Whether pages are to be packed from now on; `packs` says whether they are now. It has to gain a fifth to begin and a
+/// twentieth to go on.
+fn pays(figures: &Figures, load: Load, packs: bool) -> bool {
     let Figures { link, pack, unpack, ratio } = *figures;
-    pack + ratio * link + unpack < link * if packs { 0.95 } else { 0.8 }
+    let packed = match load {
+        Load::Alone => pack + ratio * link + unpack,
+        Load::Row => pack.max(ratio * link).max(unpack),
+    };
+    packed < link * if packs { 0.95 } else { 0.8 }
+}
+
+/// The middle one of the last few: one that was held up by something else counts for nothing.
+#[derive(Clone, Copy, Debug, Default)]
+struct Median {
+    last: [f64; 9],
+    samples: usize,
+}
+
+impl Median {
+    fn note(&mut self, value: f64) {
+        self.last[self.samples % self.last.len()] = value;
+        // Once it is full, only the remainder matters.
+        self.samples =
+            if self.samples + 1 == 2 * self.last.len() { self.last.len() } else { self.samples + 1 };
+    }
+
+    /// Known from a few samples on.
+    fn get(&self) -> Option<f64> {
+        let mut last = self.last;
+        let known = &mut last[..self.samples.min(self.last.len())];
+        known.sort_unstable_by(f64::total_cmp);
+        known.get(known.len() / 2).copied().filter(|_| known.len() >= 4)
+    }
 }
 
 /// A mean that forgets: the last eight count most.
@@ -227,11 +263,13 @@ pub(super) struct Compressor {
     mode: Compress,
     /// The helper knows how.
     able: bool,
+    /// What others follow, and what somebody waits for, is packed.
     packs: bool,
+    packs_alone: bool,
     opening: Option<Instant>,
     link: Link,
-    pack: Mean,
-    unpack: Mean,
+    pack: Median,
+    unpack: Median,
     ratio: Mean,
     /// By the numbers of the core's flights.
     sent: Vec<Option<Sent>>,
@@ -248,10 +286,11 @@ impl Compressor {
             mode,
             able: false,
             packs: false,
+            packs_alone: false,
             opening: None,
             link: Link::default(),
-            pack: Mean::default(),
-            unpack: Mean::default(),
+            pack: Median::default(),
+            unpack: Median::default(),
             ratio: Mean::default(),
             sent: Vec::new(),
             looks: 0,
@@ -287,15 +326,16 @@ impl Compressor {
     }
 
     /// Notes a fetch of so many bytes that goes out; returns its flags.
-    pub(super) fn fetch(&mut self, tag: u64, bytes: usize) -> u32 {
+    pub(super) fn fetch(&mut self, tag: u64, bytes: usize, urgency: Urgency) -> u32 {
         self.note(tag, true, bytes);
-        if self.packs_now(bytes) { flag::PACKED } else { 0 }
+        let load = if urgency == Urgency::Fault { Load::Alone } else { Load::Row };
+        if self.packs_now(bytes, load) { flag::PACKED } else { 0 }
     }
 
     /// Notes a store that goes out; returns what to send, and its flags.
     pub(super) fn store(&mut self, tag: u64, content: Buffer) -> (Buffer, u32) {
         let bytes = content.len();
-        let packs = self.packs_now(bytes);
+        let packs = self.packs_now(bytes, Load::Row);
         let packed = if packs { self.pack(&content) } else { None };
         if !packs {
             self.look(&content);
@@ -319,8 +359,9 @@ impl Compressor {
     }
 
     /// Whether the next transfer is to be packed: now and then one is not, to see how fast the link is.
-    fn packs_now(&mut self, bytes: usize) -> bool {
-        if !self.packs {
+    fn packs_now(&mut self, bytes: usize, load: Load) -> bool {
+        let packs = if load == Load::Alone { self.packs_alone } else { self.packs };
+        if !packs {
             return false;
         }
         self.since += bytes as u64;
@@ -443,12 +484,16 @@ impl Compressor {
 
     fn decide(&mut self) {
         let figures = self.figures();
-        let packs = self.able
-            && match self.mode {
-                Compress::On => true,
-                Compress::Off => false,
-                Compress::Auto => figures.is_some_and(|figures| pays(&figures, self.packs)),
-            };
+        let decide = |load, packs| {
+            self.able
+                && match self.mode {
+                    Compress::On => true,
+                    Compress::Off => false,
+                    Compress::Auto => figures.is_some_and(|figures| pays(&figures, load, packs)),
+                }
+        };
+        let packs = decide(Load::Row, self.packs);
+        self.packs_alone = decide(Load::Alone, self.packs_alone);
         if packs != self.packs {
             (self.packs, self.since) = (packs, 0);
             self.tally.switches.fetch_add(1, Ordering::Relaxed);

@@ -27,40 +27,59 @@ fn figures(link: f64, pack: f64, unpack: f64, ratio: f64) -> Figures {
 
 #[test]
 fn packing_pays_where_the_link_is_slower_than_the_processors_and_pages_shrink() {
-    // MiB/s of the link, packing, unpacking; what is left of a byte.
+    // MiB/s of the link, packing, unpacking; what is left of a byte; whether it pays alone, and in a row.
     let cases = [
-        ("1 Gbit/s", 112.0, 600.0, 2000.0, 0.4, true),
-        ("100 Mbit/s", 11.0, 600.0, 2000.0, 0.7, true),
-        ("100 Mbit/s, nothing shrinks", 11.0, 600.0, 2000.0, 1.0, false),
-        ("10 Gbit/s", 1100.0, 600.0, 2000.0, 0.2, false),
-        ("1 Gbit/s, a slow processor", 112.0, 80.0, 400.0, 0.4, false),
-        ("40 Gbit/s, even for zeros", 4500.0, 3000.0, 4000.0, 0.01, false),
+        ("1 Gbit/s", 112.0, 600.0, 2000.0, 0.4, true, true),
+        ("1 Gbit/s, a slow processor", 112.0, 200.0, 800.0, 0.4, false, true),
+        ("1 Gbit/s, a very slow one", 112.0, 80.0, 400.0, 0.4, false, false),
+        ("2.5 Gbit/s", 280.0, 600.0, 2000.0, 0.4, false, true),
+        ("100 Mbit/s", 11.0, 600.0, 2000.0, 0.7, true, true),
+        ("100 Mbit/s, nothing shrinks", 11.0, 600.0, 2000.0, 1.0, false, false),
+        ("10 Gbit/s", 1100.0, 600.0, 2000.0, 0.2, false, false),
+        ("40 Gbit/s, even for zeros", 4500.0, 3000.0, 4000.0, 0.01, false, false),
     ];
-    for (what, link, pack, unpack, ratio, pays_now) in cases {
-        assert_eq!(pays(&figures(link, pack, unpack, ratio), false), pays_now, "{what}");
+    for (what, link, pack, unpack, ratio, alone, row) in cases {
+        let it = figures(link, pack, unpack, ratio);
+        assert_eq!((pays(&it, Load::Alone, false), pays(&it, Load::Row, false)), (alone, row), "{what}");
     }
 }
 
 #[test]
 fn a_close_decision_stays_as_it_was() {
-    // Gains a tenth.
-    let close = figures(100.0, 1000.0, 1e9, 0.8);
-    assert!(pays(&close, true) && !pays(&close, false));
-    let worse = Figures { ratio: 0.9, ..close };
-    assert!(!pays(&worse, true) && !pays(&worse, false));
+    for load in [Load::Alone, Load::Row] {
+        // Gains a tenth.
+        let close = figures(100.0, 1e9, 1e9, 0.9);
+        assert!(pays(&close, load, true) && !pays(&close, load, false));
+        let worse = Figures { ratio: 0.96, ..close };
+        assert!(!pays(&worse, load, true) && !pays(&worse, load, false));
+    }
 }
 
 #[test]
-fn packing_that_pays_never_makes_one_page_take_longer() {
+fn packing_that_pays_never_makes_a_page_that_somebody_waits_for_take_longer() {
     for link in [1.0, 10.0, 50.0, 112.0, 300.0, 1000.0, 5000.0] {
         for pack in [50.0, 300.0, 1000.0, 4000.0] {
             for ratio in [0.0, 0.1, 0.5, 0.9, 1.0] {
                 let it = figures(link, pack, 2.0 * pack, ratio);
                 let packed = it.pack + it.ratio * it.link + it.unpack;
-                assert!(!pays(&it, false) || packed < it.link, "{it:?}");
+                assert!(!pays(&it, Load::Alone, true) || packed < it.link, "{it:?}");
+                assert!(!pays(&it, Load::Alone, false) || pays(&it, Load::Row, false), "{it:?}");
             }
         }
     }
+}
+
+#[test]
+fn a_measurement_that_was_held_up_changes_no_figure() {
+    let mut figure = Median::default();
+    (0..3).for_each(|_| figure.note(2.0));
+    assert_eq!(figure.get(), None, "three are too few");
+    for n in 0..100 {
+        figure.note(if n % 3 == 0 { 5000.0 } else { 2.0 });
+        assert_eq!(figure.get(), Some(2.0));
+    }
+    (0..9).for_each(|_| figure.note(3.0));
+    assert_eq!(figure.get(), Some(3.0));
 }
 
 const START: Duration = Duration::from_secs(1);
@@ -154,7 +173,7 @@ impl Peer {
     /// Fetches `content`; returns the bytes that crossed.
     fn fetch(&mut self, content: &Buffer) -> usize {
         self.tag += 1 << 32;
-        let flags = self.compressor.fetch(self.tag, content.len());
+        let flags = self.compressor.fetch(self.tag, content.len(), Urgency::Ahead);
         let into = Buffer::zeroed(content.len());
         let asked = flags & flag::PACKED != 0;
         let packed = if asked { self.packer.pack(content) } else { None };
@@ -255,7 +274,7 @@ fn nothing_is_packed_with_a_helper_that_does_not_know_it_or_where_it_is_switched
 fn a_helper_that_sends_what_cannot_be_unpacked_is_refused_and_asked_for_pages_as_they_are() {
     let packing = Some(Packing { packed: true, took: Duration::MAX });
     let mut peer = Peer::new(Compress::On, flag::PACKED);
-    assert_eq!(peer.compressor.fetch(1, PAGE), flag::PACKED);
+    assert_eq!(peer.compressor.fetch(1, PAGE, Urgency::Fault), flag::PACKED);
     let mut bad = answer(1, Buffer::empty(), Buffer::zeroed(PAGE), 40, packing);
     assert!(peer.compressor.answered(&mut bad).is_err());
     assert_eq!(peer.fetch(&soft(1)), PAGE);
@@ -269,7 +288,7 @@ fn a_helper_that_sends_what_cannot_be_unpacked_is_refused_and_asked_for_pages_as
         assert_eq!(peer.store(&soft(1)), PAGE);
     }
     let mut peer = Peer::new(Compress::On, flag::PACKED);
-    peer.compressor.fetch(1, PAGE);
+    peer.compressor.fetch(1, PAGE, Urgency::Fault);
     let mut bad = answer(1, Buffer::empty(), Buffer::zeroed(PAGE), PAGE, None);
     bad.body = transport::wire::Body::from_slice(&[7; 3]);
     assert!(peer.compressor.answered(&mut bad).is_err());

@@ -198,7 +198,7 @@ impl Remote {
             let call = match what {
                 What::Fetch { first, count, urgency } => {
                     let class = if urgency == Urgency::Fault { Class::Urgent } else { Class::Bulk };
-                    let flags = self.compressor.fetch(tag, count as usize * PAGE);
+                    let flags = self.compressor.fetch(tag, count as usize * PAGE, urgency);
                     let body = Pages { epoch, first, count, flags }.encode();
                     let answer = self.pool.take(count as usize * PAGE);
                     Call { answer, ..Call::new(tag, opcode::FETCH, class, body) }
