@@ -107,10 +107,9 @@ impl Timer {
         self.divide = value & 0xb;
     }
 
-    /// The LVT's mode changed: into or out of TSC-deadline mode disarms, between the others the count goes on.
+    /// A change of the LVT's mode disarms (SDM, "TSC-Deadline Mode").
     pub(super) fn change_mode(&mut self, from: Mode, to: Mode) {
-        let counts = |mode| matches!(mode, Mode::OneShot | Mode::Periodic);
-        if from != to && !(counts(from) && counts(to)) {
+        if from != to {
             self.run = Run::Stopped;
         }
     }

@@ -107,15 +107,6 @@ fn another_divisor_counts_on_from_where_the_count_is() {
 }
 
 #[test]
-fn a_one_shot_that_becomes_periodic_goes_on() {
-    let mut apic = armed(0x40, BY_1, 1_000_000);
-    put_at(&mut apic, LVT, 0x40 | PERIODIC, 600_000);
-    apic.advance(at(1_000_000));
-    assert!(fired(&mut apic));
-    assert_eq!(apic.deadline(), due(2_000_000));
-}
-
-#[test]
 fn the_tsc_deadline_fires_once_and_then_reads_zero() {
     let mut apic = armed(0x40 | TSC_DEADLINE, BY_1, 1000);
     assert_eq!(apic.deadline(), None, "the initial count is ignored");
@@ -145,11 +136,20 @@ fn the_tsc_deadline_is_ignored_in_other_modes_and_a_change_of_mode_disarms() {
     let mut apic = armed(0x40, BY_1, 0);
     apic.set_tsc_deadline(Tsc(3000), at(0));
     assert_eq!((apic.tsc_deadline(), apic.deadline()), (Tsc(0), None));
-    for (from, to) in [(0, TSC_DEADLINE), (PERIODIC, TSC_DEADLINE), (PERIODIC, PERIODIC | TSC_DEADLINE)] {
+    for (from, to) in [
+        (0, TSC_DEADLINE),
+        (PERIODIC, TSC_DEADLINE),
+        (PERIODIC, PERIODIC | TSC_DEADLINE),
+        (0, PERIODIC),
+        (PERIODIC, 0),
+    ] {
         let mut apic = armed(0x40 | from, BY_1, 1000);
         put_at(&mut apic, LVT, 0x40 | to, 10);
         assert_eq!(apic.deadline(), None, "{from:#x} to {to:#x}");
     }
+    let mut apic = armed(0x40 | PERIODIC, BY_1, 1000);
+    put_at(&mut apic, LVT, 0x41 | PERIODIC | 1 << 16, 10);
+    assert_eq!(apic.deadline(), due(SHORTEST_PERIOD), "another vector or mask does not");
     let mut apic = armed(0x40 | TSC_DEADLINE, BY_1, 0);
     apic.set_tsc_deadline(Tsc(3000), at(0));
     put(&mut apic, LVT, 0x40);
