@@ -39,15 +39,24 @@ pub struct Zipfian {
     pages: u64,
     /// How many fit.
     local: u64,
-    /// How many accesses are measured.
+    /// For how long accesses are measured.
     seconds: u64,
+}
+
+impl Zipfian {
+    fn accesses(&self) -> Zipf {
+        Zipf::new(self.pages, 1.0, 4, 1)
+    }
 }
 
 /// What the measuring parts print before the accesses per second.
 pub const RESULT: &str = "accesses per second:";
 
-/// Of this program itself and of what it needs of the kernel: the drawn accesses, stacks, page tables.
-const BESIDES: u64 = 16 << 20;
+/// What a process that swaps may have besides its pages: what it takes before the limit is set is not counted, so this
+/// is for its page tables and what else the kernel keeps for it.
+fn besides(pages: u64) -> u64 {
+    pages * 8 + (1 << 20)
+}
 
 /// Does it.
 ///
@@ -63,25 +72,25 @@ pub fn run(what: &Inside) -> Result<()> {
         Inside::ZipfSwap(zipfian) => {
             let size = zipfian.pages * PAGE as u64;
             let _swap = Swap::on(&zipfian.address, size * 2)?;
-            swap::limit(zipfian.local * PAGE as u64 + BESIDES)?;
+            let accesses = zipfian.accesses();
+            swap::limit(zipfian.local * PAGE as u64 + besides(zipfian.pages))?;
             let memory = Anonymous::new(zipfian.pages)?;
-            measure(memory.region(), zipfian);
+            measure(memory.region(), zipfian, accesses);
             Ok(())
         }
         Inside::ZipfPaged(zipfian) => {
             let Zipfian { address, pages, local, .. } = zipfian;
             let setting = Setting { pages: *pages, local: *local, handlers: 1, security: Security::Plain };
             let paged = Paged::connect(&setting, address)?;
-            measure(paged.region(), zipfian);
+            measure(paged.region(), zipfian, zipfian.accesses());
             eprintln!("{:?}", paged.counters());
             Ok(())
         }
     }
 }
 
-fn measure(region: &Region, zipfian: &Zipfian) {
+fn measure(region: &Region, zipfian: &Zipfian, mut zipf: Zipf) {
     const BATCH: u64 = 100;
-    let mut zipf = Zipf::new(region.pages(), 1.0, 4, 1);
     (0..region.pages()).for_each(|page| region.fill(page));
     zipf.run(region, region.pages()); // until what is used most is here
     let (start, mut count) = (Instant::now(), 0);
