@@ -65,8 +65,11 @@ struct Guest {
 
 impl Guest {
     fn new(agents: &[&Agent], terms: &Terms) -> Self {
-        let helpers: Vec<Helper> = agents.iter().map(|agent| helper(agent)).collect();
-        let mut all = connect(&helpers, terms).unwrap_or_else(|e| panic!("{e}"));
+        Self::of(&agents.iter().map(|agent| helper(agent)).collect::<Vec<_>>(), terms)
+    }
+
+    fn of(helpers: &[Helper], terms: &Terms) -> Self {
+        let mut all = connect(helpers, terms).unwrap_or_else(|e| panic!("{e}"));
         let mut ring = Ring::new(64).expect("io_uring works here");
         let mut stores = all.stores.remove(0);
         stores.attach(&mut ring).expect("it attaches");
@@ -293,6 +296,36 @@ fn a_helper_that_joins_takes_what_must_leave_another() {
     });
     drop(one);
     assert_eq!(guest.pages_at(1), 160);
+    guest.check_all();
+}
+
+#[test]
+fn helpers_with_exactly_the_least_room_keep_what_is_not_here() {
+    let (one, two) = (agent(), agent());
+    let local = 16 << 20;
+    let least = vmm::memory::store::least(RAM, local);
+    assert_eq!(least, 52 << 20);
+    let terms = Terms { local, ..terms(OnLoss::None) };
+    let half = |agent: &Agent| Helper { size: least / 2, ..helper(agent) };
+    let error = connect(&[Helper { size: least - 4096, ..helper(&one) }], &terms).err();
+    assert!(matches!(error, Some(ConnectError::TooSmall { .. })));
+    let mut guest = Guest::of(&[half(&one), half(&two)], &terms);
+    // Of all RAM but the last 12 MiB, most of it in pieces of one helper.
+    let pages = least / PAGE as u64;
+    for first in (0..pages).step_by(16) {
+        guest.send(first, 16);
+        guest.until("it keeps up", |guest| guest.waiting < 256);
+    }
+    guest.until("it is stored", |guest| guest.waiting == 0);
+    assert_eq!(guest.pages_at(0) + guest.pages_at(1), pages, "every page finds the room that there is");
+    assert!(guest.stores.short() > 0, "and no more");
+    guest.send(pages, 16);
+    guest.until("it asks for room", |guest| guest.stores.short() >= 16);
+    // Some of which the handler has again.
+    guest.stores.forget(Page(40), 1000);
+    guest.held.retain(|page, _| !(40..1040).contains(page));
+    guest.until("it has found some", |guest| guest.waiting == 0);
+    guest.until("it has enough", |guest| guest.stores.short() == 0);
     guest.check_all();
 }
 

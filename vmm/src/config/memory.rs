@@ -10,6 +10,7 @@ use super::toml_file::{Checker, KeyPath};
 use super::{Transport, peer};
 use crate::memory::fault::{PAGE, Pieces};
 pub use crate::memory::store::Compress;
+use crate::memory::store::{MOST_THAT_HELP, least, suffices};
 use crate::units::{Bytes, Span};
 
 /// The least RAM that anything can be started in.
@@ -154,7 +155,7 @@ fn elsewhere(memory: &Memory, local: Bytes, key: &KeyPath, checker: &mut Checker
         checker.wrong(&key.key("patience"), "must be longer than nothing");
     }
     swap_file(memory, key, checker);
-    helpers(memory, key, checker);
+    helpers(memory, local, key, checker);
 }
 
 fn swap_file(memory: &Memory, key: &KeyPath, checker: &mut Checker<'_>) {
@@ -171,7 +172,7 @@ fn swap_file(memory: &Memory, key: &KeyPath, checker: &mut Checker<'_>) {
     }
 }
 
-fn helpers(memory: &Memory, key: &KeyPath, checker: &mut Checker<'_>) {
+fn helpers(memory: &Memory, local: Bytes, key: &KeyPath, checker: &mut Checker<'_>) {
     let mut agents = HashSet::new();
     let piece = Bytes(u64::from(Pieces::new(memory.size).each()) * PAGE as u64);
     let mut sound = true;
@@ -201,27 +202,38 @@ fn helpers(memory: &Memory, key: &KeyPath, checker: &mut Checker<'_>) {
         count if count > MOST_HELPERS => {
             checker.wrong(&key, format!("a guest has at most {MOST_HELPERS} helpers, not {count}"));
         }
-        _ if sound => room(memory, piece, &key, checker),
+        _ if sound => room(memory, local, &key, checker),
         _ => {}
     }
 }
 
-/// Whether there is room for everything: a page keeps its place on its helper while it is here.
-fn room(memory: &Memory, piece: Bytes, key: &KeyPath, checker: &mut Checker<'_>) {
-    let pieces = u64::from(Pieces::new(memory.size).count());
+/// Whether there is room for everything that is not here, and for a little of what is.
+fn room(memory: &Memory, local: Bytes, key: &KeyPath, checker: &mut Checker<'_>) {
+    let pieces = Pieces::new(memory.size);
+    let piece = u64::from(pieces.each()) * PAGE as u64;
     let copies = if memory.on_loss == OnLoss::Mirror { 2 } else { 1 };
+    let sizes = || memory.helper.iter().map(|helper| helper.size.0);
     // No helper keeps two copies of the same.
-    let room: u64 = memory.helper.iter().map(|helper| (helper.size.0 / piece.0).min(pieces)).sum();
-    if room >= pieces * copies {
+    let whole: u64 = sizes().map(|size| (size / piece).min(pieces.count().into())).sum();
+    if whole >= u64::from(pieces.count()) * copies {
         return;
     }
-    let times = if copies == 2 { "two copies of " } else { "" };
-    let (have, need) = (Bytes(room * piece.0), Bytes(pieces * copies * piece.0));
-    let what = format!(
-        "the helpers' sizes add up to {have} in pieces of {piece}; {times}all of the guest's memory need {need}, \
-         since a page keeps its place there while it is here"
-    );
-    checker.wrong(key, what);
+    let least = least(memory.size.0, local.0);
+    let few = memory.helper.len() <= MOST_THAT_HELP;
+    if few && suffices(sizes(), copies as usize, least) {
+        return;
+    }
+    let (have, least) = (Bytes(sizes().fold(0, u64::saturating_add)), Bytes(least));
+    let what = "what is not on this PC, and a quarter of `local` (512M at most) for pages on their way";
+    let must = match (few, copies) {
+        (false, _) => {
+            let (all, piece) = (Bytes(u64::from(pieces.count()) * piece), Bytes(piece));
+            format!("with more than {MOST_THAT_HELP} helpers, {all} in pieces of {piece} must have room")
+        }
+        (true, 2) => format!("two of them must have {least} each, or all but the largest twice that: {what}"),
+        (true, _) => format!("{least} must have room: {what}"),
+    };
+    checker.wrong(key, format!("the helpers' sizes add up to {have}; {must}"));
 }
 
 fn numa(memory: &Memory, cpus: u8, key: &KeyPath, checker: &mut Checker<'_>) {

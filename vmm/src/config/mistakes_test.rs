@@ -235,8 +235,12 @@ fn memory_on_other_pcs_is_named_where_it_cannot_be() {
             &["guest.toml:8:10: key `memory.helper`: a mirror has two sides; add another `[[memory.helper]]`"],
         ),
         (
-            &format!("[memory]\nsize = '1025M'\nlocal = '256M'\n{helper}"),
-            &["guest.toml:7:10: key `memory.helper`: the helpers' sizes add up to 1G in pieces of 16M; all of the guest's memory need 1040M, since a page keeps its place there while it is here"],
+            &format!("[memory]\nsize = '1217M'\nlocal = '256M'\n{helper}"),
+            &["guest.toml:7:10: key `memory.helper`: the helpers' sizes add up to 1G; 1025M must have room: what is not on this PC, and a quarter of `local` (512M at most) for pages on their way"],
+        ),
+        (
+            &format!("[memory]\nsize = '1G'\nlocal = '256M'\non_loss = 'mirror'\n{helper}[[memory.helper]]\nagent = 'pc3'\nsize = '831M'\n"),
+            &["guest.toml:8:10: key `memory.helper`: the helpers' sizes add up to 1855M; two of them must have 832M each, or all but the largest twice that: what is not on this PC, and a quarter of `local` (512M at most) for pages on their way"],
         ),
         (
             &format!("[memory]\nsize = '1G'\nlocal = '256M'\non_loss = 'local-disk'\n{helper}"),
@@ -258,6 +262,15 @@ fn memory_on_other_pcs_is_named_where_it_cannot_be() {
     for (tail, expected) in cases {
         assert_eq!(lines(&format!("{HEAD}{tail}")), *expected, "for:\n{tail}");
     }
+}
+
+#[test]
+fn helpers_need_no_room_for_what_is_on_this_pc() {
+    let text = format!(
+        "{HEAD}[memory]\nsize = '32G'\nlocal = '8G'\n[[memory.helper]]\nagent = 'pc2'\nsize = '12800M'\n\
+         [[memory.helper]]\nagent = 'pc3'\nsize = '12G'\n"
+    );
+    assert!(Guest::parse(Path::new("/g/guest.toml"), &text).is_ok());
 }
 
 #[test]

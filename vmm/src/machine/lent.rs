@@ -55,7 +55,7 @@ fn helper_counters(helper: &HelperReport) -> BTreeMap<String, u64> {
         ("copied", copied),
         ("lost", lost),
         ("pieces", pieces),
-        ("room_pieces", room),
+        ("room_pages", room),
         ("leaving_pieces", leaving),
         ("draining", u64::from(helper.draining)),
         ("away", away),

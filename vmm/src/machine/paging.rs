@@ -75,6 +75,7 @@ fn terms(guest: &config::Guest, shards: Shards) -> Terms {
         config::OnLoss::LocalDisk => OnLoss::LocalDisk,
     };
     let mut terms = Terms::new(&guest.name, &agents::client(&guest.name), shards, on_loss);
+    terms.local = guest.memory.local.map_or(0, |local| local.0);
     terms.swap_file.clone_from(&guest.memory.swap_file);
     terms.compress = guest.memory.compress;
     if let Some(patience) = guest.memory.patience {

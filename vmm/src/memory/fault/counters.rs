@@ -100,6 +100,8 @@ numbers! {
     dropped,
     /// Pages found to be all zeros when they were to be stored.
     blanked,
+    /// Pages in this PC's memory whose copies the source had to give up for want of room.
+    reclaimed,
     /// Pages that the guest gave back.
     discarded,
 }

@@ -13,6 +13,7 @@ use vm_memory::GuestAddress;
 
 use super::counters::{Counters, Tally};
 use super::frames::Frames;
+use super::geometry::LEAST;
 use super::handler::{Handler, Post};
 use super::mailbox::{Mailbox, Message};
 use super::map::Map;
@@ -28,9 +29,6 @@ pub struct Options {
     /// How much of it may be in this PC's memory.
     pub local: Bytes,
 }
-
-/// The least that a handler needs of this PC's memory, in pages, to have a page free for the next fault.
-const LEAST: u64 = 32;
 
 /// Guest RAM cannot be handled.
 #[derive(Debug, thiserror::Error)]
@@ -107,10 +105,7 @@ impl Engine {
         }
         let mut engine = Self { map, shards, desks: Vec::new() };
         for (shard, source) in (0..).zip(sources) {
-            let pages = shards.pages(shard) as u64;
-            // Whoever owns more pages gets more room.
-            let spare = u128::from(local - least) * u128::from(pages) / u128::from(pieces.pages().max(1));
-            let limit = (LEAST + spare as u64).min(pages.max(LEAST));
+            let limit = shards.limit(shard, local);
             let userfault = engine.register(shard).map_err(Error::Userfault)?;
             let memory = file.try_clone().map_err(Error::Start)?;
             let mailbox = Arc::new(Mailbox::new().map_err(Error::Start)?);

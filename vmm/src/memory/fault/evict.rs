@@ -27,6 +27,9 @@ const IN_VAIN: u32 = 64;
 /// So many pages that follow each other are stored at once.
 const STORE_AT_ONCE: u64 = 16;
 
+/// So many pages are looked at in a round, at most, for copies that the source may forget.
+const RECLAIM_LOOKS: usize = 4 << 10;
+
 /// The most pages that are kept free, or on their way out.
 const MOST_FREE: u64 = 16 << 10;
 
@@ -73,6 +76,41 @@ impl Handler {
             self.tally.ahead_wasted.add(1);
             self.streams.unused(index as usize);
         }
+        Ok(())
+    }
+
+    /// Has the source forget copies of pages that are here, if it is short of room: some at once, so that no fault has to
+    /// wait. Outdated copies or good ones, as they come: those that stay here are as likely to change.
+    pub(super) fn reclaim(&mut self) -> io::Result<()> {
+        let wanted = self.source.short().min(AT_ONCE.1);
+        if wanted == 0 {
+            return Ok(());
+        }
+        let (mut found, mut runs) = (0, Runs::new());
+        for _ in 0..self.ledger.len().min(RECLAIM_LOOKS) {
+            let index = self.reclaim_at;
+            self.reclaim_at = if index + 1 < self.ledger.len() { index + 1 } else { 0 };
+            if !self.ledger.state(index).reclaimable() {
+                continue;
+            }
+            self.happen(index, Event::Reclaimed);
+            let key = self.ledger.piece(index);
+            if let Some((first, count, _)) = runs.add(self.ledger.page(index), key) {
+                self.forget(first, count);
+            }
+            found += 1;
+            if found == wanted {
+                break;
+            }
+        }
+        if let Some((first, count, _)) = runs.end() {
+            self.forget(first, count);
+        }
+        self.tally.reclaimed.add(found);
+        // As long as there are some, it goes on.
+        self.reclaimed_none = if found > 0 { 0 } else { self.reclaimed_none.saturating_add(1) };
+        let rounds = self.ledger.len().div_ceil(RECLAIM_LOOKS) as u32;
+        self.unfinished |= self.reclaimed_none <= rounds;
         Ok(())
     }
 

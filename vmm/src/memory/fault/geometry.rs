@@ -15,6 +15,9 @@ pub const PAGE: usize = 4096;
 /// Pages in the smallest piece: 16 MiB.
 const PIECE: u32 = 4096;
 
+/// The least that a handler needs of this PC's memory, in pages, to have a page free for the next fault.
+pub(super) const LEAST: u64 = 32;
+
 /// Each piece is a mapping of its own to the kernel, of which a process has at most 65,530.
 const MOST_PIECES: u64 = 2048;
 
@@ -140,6 +143,16 @@ impl Shards {
     pub fn pages(&self, shard: u32) -> usize {
         let whole = self.of(shard).map(|piece| self.pieces.range(piece));
         whole.map(|range| range.end - range.start).sum::<u64>() as usize
+    }
+
+    /// How many pages of handler `shard` may be in this PC's memory, if `local` may of all: who owns more gets more room,
+    /// and nobody less than a few.
+    #[must_use]
+    pub fn limit(&self, shard: u32, local: u64) -> u64 {
+        let pages = self.pages(shard) as u64;
+        let spare = local.saturating_sub(LEAST * u64::from(self.count));
+        let spare = u128::from(spare) * u128::from(pages) / u128::from(self.pieces.pages().max(1));
+        (LEAST + spare as u64).min(pages.max(LEAST))
     }
 
     /// Who owns `page`, and its place among the pages of its owner, counted without gaps; `None` if it is not in

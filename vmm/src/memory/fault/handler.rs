@@ -69,6 +69,9 @@ pub(super) struct Handler {
     pub(super) victims: Vec<usize>,
     /// Rounds in which no page was found to give up, since something happened.
     pub(super) in_vain: u32,
+    /// Where the search for copies begins that the source may forget, and how many rounds found none.
+    pub(super) reclaim_at: usize,
+    pub(super) reclaimed_none: u32,
     /// Pages fetched ahead that are to wait for their fault once they are here.
     to_park: Vec<usize>,
     /// The page of an answer that is not mapped when it is installed, so that it will show whether it was used.
@@ -128,6 +131,8 @@ impl Handler {
             streams,
             victims: Vec::with_capacity(256),
             in_vain: 0,
+            reclaim_at: 0,
+            reclaimed_none: 0,
             to_park: Vec::with_capacity(PARKED),
             watched: None,
             parked: Vec::with_capacity(PARKED),
@@ -164,6 +169,7 @@ impl Handler {
             }
             let mut due = self.tick()?;
             self.make_room()?;
+            self.reclaim()?;
             if self.asked {
                 due = self.tick()?;
             }
@@ -198,7 +204,7 @@ impl Handler {
         }
         self.ring.wait(timeout)?;
         while let Some(completion) = self.ring.reap() {
-            self.in_vain = 0;
+            (self.in_vain, self.reclaimed_none) = (0, 0);
             if completion.token.source() != self.own {
                 self.source.complete(&mut self.ring, completion, &mut self.done);
                 continue;

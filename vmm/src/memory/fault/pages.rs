@@ -10,6 +10,7 @@
 //!    │            Clean ── drop ──► Remote ── fault, ahead ──► Fetching ──► Clean or Dirty
 //!    └── discard: from everywhere                                └─ held back ─► Parked ──► Clean or Dirty
 //! ```
+//! A Clean page is Dirty too when the source has to give up its copy, for want of room (*reclaimed*).
 //!
 //! Beside that, two operations of a page may be in flight, whatever becomes of the page meanwhile: a *store*, whose
 //! content may be outdated, and a fetch whose answer nobody wants any more, an *orphan*. While either is, the page
@@ -146,6 +147,12 @@ impl State {
         self.place() == Place::Dirty && !self.busy()
     }
 
+    /// Whether [`Event::Reclaimed`] may happen to it: it is here, and what the source keeps of it only takes up room.
+    #[must_use]
+    pub(super) fn reclaimable(self) -> bool {
+        matches!(self.place(), Place::Clean | Place::Dirty) && self.has(KEPT) && !self.busy()
+    }
+
     /// Whether [`Event::Drop`] may happen to it.
     #[must_use]
     pub(super) fn droppable(self) -> bool {
@@ -190,6 +197,8 @@ pub(super) enum Event {
     Stored,
     /// The source has lost it.
     Lost,
+    /// It is here, and the source needs the room that its copy there takes up.
+    Reclaimed,
     /// It is not wanted in memory now.
     Drop,
     /// The guest does not need its content any more.
@@ -199,7 +208,7 @@ pub(super) enum Event {
 impl Event {
     /// All of them.
     #[cfg(test)]
-    pub(super) const ALL: [Self; 11] = [
+    pub(super) const ALL: [Self; 12] = [
         Self::Fault { write: false },
         Self::Fault { write: true },
         Self::Ahead,
@@ -209,6 +218,7 @@ impl Event {
         Self::Blank,
         Self::Stored,
         Self::Lost,
+        Self::Reclaimed,
         Self::Drop,
         Self::Discard,
     ];
@@ -291,13 +301,19 @@ pub(super) fn step(state: State, event: Event) -> Step {
         Event::Blank if state.storable() => to(Place::Blank, Action::None),
         Event::Stored if state.storing() => settle(state.without(STORING), Action::None),
         Event::Lost => lost(state),
+        // What is here is the only copy now, so it has to be stored again before it is dropped. It stays protected if it
+        // was, which costs a write to it no more than before.
+        Event::Reclaimed if state.reclaimable() => {
+            let state = state.moved(Place::Dirty).without(KEPT);
+            Step { state, action: Action::None, order: Order::Forget }
+        }
         Event::Drop if state.droppable() => match place {
             Place::Clean => to(Place::Remote, Action::Punch),
             Place::Parked => to(Place::Remote, Action::Unkeep),
             _ => to(Place::Zero, Action::Punch),
         },
         Event::Discard => discard(state),
-        Event::Ahead | Event::Saved | Event::Blank | Event::Stored | Event::Drop => stay,
+        Event::Ahead | Event::Saved | Event::Blank | Event::Stored | Event::Reclaimed | Event::Drop => stay,
     }
 }
 

@@ -8,6 +8,7 @@ fn possible(state: State, event: Event) -> bool {
         Event::Fetched { .. } => state.place() == Place::Fetching || state.has(ORPHAN),
         Event::Stored => state.storing(),
         Event::Saved | Event::Blank => state.storable(),
+        Event::Reclaimed => state.reclaimable(),
         Event::Drop => state.droppable(),
         Event::Fault { .. } | Event::Ahead | Event::Lost | Event::Discard => true,
     }
@@ -76,6 +77,9 @@ fn every_event_in_every_state_does_to_memory_what_the_new_state_says() {
                     assert_eq!(before.resident(), after.resident(), "{what}");
                     assert_eq!(before == Place::Parked, after == Place::Parked, "{what}");
                 }
+            }
+            if event == Event::Reclaimed && possible(state, event) {
+                assert_eq!((after, order), (Place::Dirty, Order::Forget), "{what}");
             }
             match order {
                 Order::Fetch => assert!(before == Place::Remote && !state.busy(), "{what}"),
@@ -213,7 +217,8 @@ impl World {
             6 | 7 => self.answer(dice >> 8 & 1 == 0),
             8 | 9 => self.store(),
             10 | 11 if self.state().droppable() => self.happen(Event::Drop, None),
-            12 | 13 => self.happen(Event::Ahead, None),
+            12 => self.happen(Event::Ahead, None),
+            13 if self.state().reclaimable() => self.happen(Event::Reclaimed, None),
             14 => {
                 self.truth = 0;
                 self.happen(Event::Discard, None);

@@ -16,11 +16,15 @@ use super::health::{Counters, Health};
 use super::placement::{self, Keepers};
 use super::protocol::{Lease, Malformed, Refusal, Take, Taken, opcode, status};
 use super::remote::{Helper, Holding, Remote, release};
+use super::room::{self, Need, least, suffices};
 use super::stores::{Link, Stores};
 use crate::memory::fault::{PAGE, Shards};
 
 /// How long the first answer may take: of an agent that is not there nothing is gained by waiting longer.
 const FIRST_ANSWER: Duration = Duration::from_secs(15);
+
+/// Of so many helpers, each can have pages of every piece. With more, all of RAM must have room in whole pieces.
+pub const MOST_THAT_HELP: usize = 6;
 
 /// What keeps the guest's memory when a helper is lost.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -43,6 +47,8 @@ pub struct Terms {
     pub name: String,
     /// The guest's RAM and who handles which part of it.
     pub shards: Shards,
+    /// So many bytes of it may be in this PC's memory, and then need no room on helpers. 0: all of it has its room there.
+    pub local: u64,
     /// What keeps the guest's memory when a helper is lost.
     pub on_loss: OnLoss,
     /// Where the local file is made; only for [`OnLoss::LocalDisk`], which needs it.
@@ -67,6 +73,7 @@ impl Terms {
             guest: guest.to_owned(),
             name: name.to_owned(),
             shards,
+            local: 0,
             on_loss,
             swap_file: None,
             compress: Compress::Auto,
@@ -77,8 +84,8 @@ impl Terms {
         }
     }
 
-    pub(super) fn piece_bytes(&self) -> u64 {
-        u64::from(self.shards.pieces().each()) * PAGE as u64
+    fn need(&self, shard: u32) -> Need {
+        room::need(&self.shards, shard, self.local / PAGE as u64)
     }
 
     fn copies(&self) -> u32 {
@@ -91,18 +98,16 @@ impl Terms {
 pub enum ConnectError {
     /// The sizes do not suffice.
     #[error(
-        "The helpers' sizes are too small: all of the guest's RAM, {need} MiB, must have room on {on}, since a page \
-         keeps its place there while it is here; there is room for {have} MiB (in whole pieces of {piece} MiB)"
+        "The helpers' sizes are too small: {need} MiB must have room on {on}: the guest's RAM less its `local` part, and \
+         a little for pages on their way; the sizes add up to {have} MiB"
     )]
     TooSmall {
-        /// Mebibytes of RAM.
+        /// Mebibytes for one copy of everything.
         need: u64,
         /// How many helpers each page is on.
         on: &'static str,
-        /// Mebibytes that there is room for.
+        /// Mebibytes that the helpers lend.
         have: u64,
-        /// Mebibytes in a piece.
-        piece: u64,
     },
     /// A mirror has two sides.
     #[error("`on_loss = \"mirror\"` needs at least two helpers; add a `[[memory.helper]]`")]
@@ -163,23 +168,38 @@ pub struct Connected {
     pub health: Arc<Health>,
 }
 
-/// Deals `pieces` among handlers as evenly as it goes.
-pub(super) fn split(pieces: u64, handlers: usize) -> Vec<u32> {
+/// Deals `pages` among handlers as evenly as it goes.
+fn split(pages: u64, handlers: usize) -> Vec<u64> {
     let handlers = handlers.max(1) as u64;
-    (0..handlers).map(|handler| ((pieces + handlers - 1 - handler) / handlers) as u32).collect()
+    (0..handlers).map(|handler| (pages + handlers - 1 - handler) / handlers).collect()
 }
 
-/// How many pieces of each helper each handler may use: those it is dealt, and a part of what is left over.
-fn rooms(sizes: &[u32], dealt: &[Keepers], handlers: usize) -> Vec<Vec<u32>> {
+/// How many pages of each helper each handler may use: those of the pieces that it is dealt, and a part of what is left
+/// over; or where not all of RAM has room, a part of it as large as the handler's part of the whole need.
+fn rooms(sizes: &[u64], dealt: &[Keepers], terms: &Terms) -> Vec<Vec<u64>> {
+    let handlers = terms.shards.count() as usize;
+    let each = u64::from(terms.shards.pieces().each());
     let mut rooms = vec![vec![0; handlers]; sizes.len()];
     for (piece, keepers) in dealt.iter().enumerate() {
-        keepers.iter().for_each(|keeper| rooms[usize::from(*keeper)][piece % handlers] += 1);
+        keepers.iter().for_each(|keeper| rooms[usize::from(*keeper)][piece % handlers] += each);
     }
+    let whole = rooms.iter().zip(sizes).all(|(rooms, size)| rooms.iter().sum::<u64>() <= *size);
     for (rooms, size) in rooms.iter_mut().zip(sizes) {
-        let spare = split(u64::from(size.saturating_sub(rooms.iter().sum())), handlers);
-        rooms.iter_mut().zip(spare).for_each(|(room, spare)| *room += spare);
+        if whole {
+            let spare = split(size.saturating_sub(rooms.iter().sum()), handlers);
+            rooms.iter_mut().zip(spare).for_each(|(room, spare)| *room += spare);
+        } else {
+            *rooms = by_need(*size, terms);
+        }
     }
     rooms
+}
+
+/// Deals `pages` among handlers by what each needs.
+pub(super) fn by_need(pages: u64, terms: &Terms) -> Vec<u64> {
+    let needs: Vec<u64> = (0..terms.shards.count()).map(|shard| terms.need(shard).pages).collect();
+    let all: u128 = needs.iter().map(|need| u128::from(*need)).sum::<u128>().max(1);
+    needs.iter().map(|need| (u128::from(pages) * u128::from(*need) / all) as u64).collect()
 }
 
 /// Takes the memory that a guest needs from its helpers, before it starts. Blocks until each has answered. Opens
@@ -190,8 +210,7 @@ fn rooms(sizes: &[u32], dealt: &[Keepers], handlers: usize) -> Vec<Vec<u32>> {
 pub fn connect(helpers: &[Helper], terms: &Terms) -> Result<Connected, ConnectError> {
     let shards = terms.shards;
     let (pieces, handlers) = (*shards.pieces(), shards.count() as usize);
-    let sizes: Vec<u32> =
-        helpers.iter().map(|h| (h.size / terms.piece_bytes()).min(1 << 31) as u32).collect();
+    let sizes: Vec<u64> = helpers.iter().map(Helper::pages).collect();
     let dealt = plan(&sizes, terms)?;
     let local = terms.on_loss == OnLoss::LocalDisk;
     let file = match (&terms.swap_file, local) {
@@ -200,16 +219,16 @@ pub fn connect(helpers: &[Helper], terms: &Terms) -> Result<Connected, ConnectEr
         (_, false) => None,
     };
     let holders = (0..handlers).map(|_| random()).collect::<Result<Vec<u128>, _>>()?;
-    let rooms = rooms(&sizes, &dealt, handlers);
+    let rooms = rooms(&sizes, &dealt, terms);
     let remotes = helpers.iter().zip(&rooms).map(|(helper, room)| take(helper, terms, &holders, room));
     // What was taken is given back if another helper refuses: by dropping it.
     let remotes = remotes.collect::<Result<Vec<Vec<Remote>>, _>>()?;
     let health = Arc::new(Health::new(handlers)?);
-    let settings =
-        Settings { copies: terms.copies() as usize, local, patience: terms.patience, hedge: terms.hedge };
+    let (copies, patience, hedge) = (terms.copies() as usize, terms.patience, terms.hedge);
+    let settings = |shard| Settings { copies, local, patience, hedge, need: terms.need(shard) };
     let mailboxes = (0..handlers).map(|_| Mailbox::new().map(Arc::new)).collect::<Result<Vec<_>, _>>()?;
     let now = Instant::now();
-    let core = |shard| Core::new(shards, shard, settings, Arc::clone(&health), now);
+    let core = |shard| Core::new(shards, shard, settings(shard), Arc::clone(&health), now);
     let mut cores: Vec<(Core, Vec<Link>)> =
         (0..shards.count()).map(|shard| (core(shard), Vec::new())).collect();
     for ((remotes, helper), room) in remotes.into_iter().zip(helpers).zip(&rooms) {
@@ -228,7 +247,7 @@ pub fn connect(helpers: &[Helper], terms: &Terms) -> Result<Connected, ConnectEr
         let name = path.display().to_string();
         health.add(&name, counters.iter().cloned().map(|c| (c, None)).collect());
         for ((core, links), counters) in cores.iter_mut().zip(counters) {
-            core.add(&name, counters, pieces.count(), true, now);
+            core.add(&name, counters, pieces.pages(), true, now);
             links.push(Link::File(Box::new(SwapFile::new(file.try_clone()?))));
         }
     }
@@ -241,22 +260,34 @@ pub fn connect(helpers: &[Helper], terms: &Terms) -> Result<Connected, ConnectEr
     Ok(Connected { stores, control, health })
 }
 
-/// Who keeps which piece; or why that cannot be.
-fn plan(sizes: &[u32], terms: &Terms) -> Result<Vec<Keepers>, ConnectError> {
-    let (pieces, copies) = (terms.shards.pieces().count(), terms.copies());
+/// Who keeps which piece of helpers that lend so many pages; or why that cannot be.
+fn plan(sizes: &[u64], terms: &Terms) -> Result<Vec<Keepers>, ConnectError> {
+    let (pieces, copies) = (terms.shards.pieces(), terms.copies());
     match sizes.len() {
         0 => return Err(ConnectError::NoHelper),
         1 if copies == 2 => return Err(ConnectError::OneHelper),
         65.. => return Err(ConnectError::TooMany),
         _ => {}
     }
-    placement::deal(pieces, sizes, copies).ok_or_else(|| {
-        let piece = terms.piece_bytes() >> 20;
-        let on = if copies == 2 { "two helpers" } else { "the helpers" };
-        let have: u64 = sizes.iter().map(|size| u64::from((*size).min(pieces))).sum();
-        let have = have / u64::from(copies) * piece;
-        ConnectError::TooSmall { need: u64::from(pieces) * piece, on, have, piece }
-    })
+    let page = PAGE as u64;
+    let need = least(pieces.pages() * page, terms.local).div_ceil(page);
+    let too_small = || {
+        let on = if copies == 2 { "two helpers each" } else { "the helpers" };
+        let have = sizes.iter().sum::<u64>() * page >> 20;
+        ConnectError::TooSmall { need: (need * page).div_ceil(1 << 20), on, have }
+    };
+    let each = u64::from(pieces.each());
+    let whole: Vec<u32> = sizes.iter().map(|pages| (pages / each).min(1 << 31) as u32).collect();
+    let most = |pieces: u32| whole.iter().map(move |room| u64::from((*room).min(pieces))).sum::<u64>();
+    let all = most(pieces.count()) >= u64::from(pieces.count()) * u64::from(copies);
+    // What a piece can have no whole place in, page by page it can.
+    let helps = sizes.len() <= MOST_THAT_HELP && suffices(sizes.iter().copied(), copies as usize, need);
+    if !all && !helps {
+        return Err(too_small());
+    }
+    let shares =
+        if all { whole } else { sizes.iter().map(|pages| (pages / 64).max(1).min(1 << 31) as u32).collect() };
+    placement::deal(pieces.count(), &shares, copies).ok_or_else(too_small)
 }
 
 fn random() -> std::io::Result<u128> {
@@ -265,12 +296,12 @@ fn random() -> std::io::Result<u128> {
     Ok(u128::from_le_bytes(bytes))
 }
 
-/// Takes a helper's memory: a lease for each handler, with room for so many pieces.
+/// Takes a helper's memory: a lease for each handler, with room for so many pages.
 pub(super) fn take(
     helper: &Helper,
     terms: &Terms,
     holders: &[u128],
-    rooms: &[u32],
+    rooms: &[u64],
 ) -> Result<Vec<Remote>, ConnectError> {
     let agent = || helper.agent.clone();
     let unreachable = |source| ConnectError::Unreachable { agent: agent(), source };
@@ -280,7 +311,7 @@ pub(super) fn take(
     for (holder, room) in holders.iter().zip(rooms) {
         let pages = terms.shards.pieces().pages();
         // At least one: a lease of none is none, and one that is there can be given a larger quota.
-        let quota = (u64::from(*room) * u64::from(terms.shards.pieces().each())).clamp(1, pages);
+        let quota = (*room).clamp(1, pages);
         let take = Take { holder: *holder, expected: 0, pages, quota, guest: terms.guest.clone() };
         let taken = lease(&mut client, &helper, &take, terms.timeout)?;
         // The address may lead elsewhere later, and a helper is trusted with the guest's memory: it stays this one.
@@ -337,10 +368,14 @@ mod tests {
         Terms::new("g", "g on pc1", Shards::new(Pieces::new(Bytes(ram)), 3), on_loss)
     }
 
+    const PIECE: u64 = 4096;
+
     #[test]
     fn sizes_that_do_not_suffice_are_named_with_what_is_needed() {
-        let error =
-            |sizes: &[u32], on_loss| plan(sizes, &terms(1 << 30, on_loss)).err().map(|e| e.to_string());
+        let error = |sizes: &[u64], on_loss| {
+            let sizes: Vec<u64> = sizes.iter().map(|pieces| pieces * PIECE).collect();
+            plan(&sizes, &terms(1 << 30, on_loss)).err().map(|e| e.to_string())
+        };
         assert_eq!(error(&[32, 32], OnLoss::None), None);
         let none = error(&[32, 31], OnLoss::None).expect("one piece is missing");
         assert!(none.contains("1024 MiB") && none.contains("1008 MiB"), "{none}");
@@ -352,19 +387,46 @@ mod tests {
     }
 
     #[test]
-    fn every_handler_has_room_for_its_pieces_and_no_helper_lends_more_than_its_size() {
+    fn what_may_be_here_needs_no_room_on_helpers() {
+        let local = Terms { local: 256 << 20, ..terms(1 << 30, OnLoss::None) };
+        let need = least(1 << 30, 256 << 20) / PAGE as u64;
+        assert_eq!(need, (768 + 64) << 8);
+        assert!(plan(&[need], &local).is_ok() && plan(&[need - 1], &local).is_err());
+        assert!(plan(&[need / 3, need - need / 3], &local).is_ok());
+        let mirror = Terms { on_loss: OnLoss::Mirror, ..local };
+        assert!(plan(&[need, need], &mirror).is_ok() && plan(&[need, need - 1], &mirror).is_err());
+        assert!(plan(&[need * 2 / 3 + 1; 3], &mirror).is_err(), "two may be full and the third empty");
+        assert!(plan(&[need; 3], &mirror).is_ok());
+    }
+
+    #[test]
+    fn every_handler_has_room_for_what_it_needs_and_no_helper_lends_more_than_its_size() {
         for sizes in [vec![64], vec![40, 50], vec![13, 64, 7]] {
-            let dealt = plan(&sizes, &terms(1 << 30, OnLoss::None)).expect("there is room");
-            let rooms = rooms(&sizes, &dealt, 3);
+            let sizes: Vec<u64> = sizes.into_iter().map(|pieces| pieces * PIECE).collect();
+            let terms = terms(1 << 30, OnLoss::None);
+            let dealt = plan(&sizes, &terms).expect("there is room");
+            let rooms = rooms(&sizes, &dealt, &terms);
             for (helper, (rooms, size)) in rooms.iter().zip(&sizes).enumerate() {
-                assert_eq!(rooms.iter().sum::<u32>(), *size);
+                assert_eq!(rooms.iter().sum::<u64>(), *size);
                 for (handler, room) in rooms.iter().enumerate() {
                     let mine = dealt.iter().skip(handler).step_by(3);
-                    let kept = mine.filter(|keepers| usize::from(keepers[0]) == helper).count() as u32;
-                    assert!(kept <= *room);
+                    let kept = mine.filter(|keepers| usize::from(keepers[0]) == helper).count() as u64;
+                    assert!(kept * PIECE <= *room);
                 }
             }
         }
         assert_eq!(split(10, 4), [3, 3, 2, 2]);
+        for sizes in [vec![1.0], vec![0.5, 0.3, 0.2]] {
+            let terms = Terms { local: 300 << 20, ..terms(1 << 30, OnLoss::None) };
+            let need = least(1 << 30, terms.local) / PAGE as u64;
+            let sizes: Vec<u64> = sizes.into_iter().map(|part| (need as f64 * part) as u64 + 1).collect();
+            let rooms = rooms(&sizes, &plan(&sizes, &terms).expect("there is room"), &terms);
+            for handler in 0..3 {
+                let has: u64 = rooms.iter().map(|rooms| rooms[handler]).sum();
+                let Need { pages, slack } = terms.need(handler as u32);
+                assert!(has + 8 > pages && slack > 1000, "{has} {pages} {slack}");
+            }
+            assert!(rooms.iter().zip(&sizes).all(|(rooms, size)| rooms.iter().sum::<u64>() <= *size));
+        }
     }
 }

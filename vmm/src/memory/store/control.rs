@@ -13,8 +13,8 @@ use super::remote::{Helper, Remote};
 pub(super) enum Command {
     /// To move everything away from this place.
     Drain(usize),
-    /// That there is another place, with room for so many pieces.
-    Add(Box<Remote>, Arc<Counters>, u32),
+    /// That there is another place, with room for so many pages.
+    Add(Box<Remote>, Arc<Counters>, u64),
 }
 
 /// A handler's letters.
@@ -96,7 +96,7 @@ impl Control {
     /// Each [`ConnectError`]: one line that says what is wrong.
     pub fn add(&self, helper: &Helper) -> Result<(), ConnectError> {
         let _one_by_one = self.adding.lock().unwrap_or_else(PoisonError::into_inner);
-        let room = connect::split(helper.size / self.terms.piece_bytes(), self.mailboxes.len());
+        let room = connect::by_need(helper.pages(), &self.terms);
         let remotes = connect::take(helper, &self.terms, &self.holders, &room)?;
         let counters: Vec<Arc<Counters>> = remotes.iter().map(Remote::counters).collect();
         let views =

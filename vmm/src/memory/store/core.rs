@@ -21,6 +21,7 @@ use super::health::{Counters, Health, Standing};
 use super::moves::Fill;
 use super::placement::Keepers;
 use super::protocol::MAX_RANGES;
+use super::room::Need;
 use super::{Done, Urgency};
 use crate::memory::fault::{PAGE, Page, Piece, Shards};
 
@@ -40,6 +41,8 @@ pub(super) struct Settings {
     pub(super) patience: Duration,
     /// A fetch that takes longer is asked of another copy too.
     pub(super) hedge: Duration,
+    /// How much room is needed.
+    pub(super) need: Need,
 }
 
 /// A helper, or the local file.
@@ -53,8 +56,14 @@ pub(super) struct Place {
     pub(super) draining: bool,
     pub(super) left: bool,
     pub(super) file: bool,
-    /// Pieces that it has room for, and keeps.
-    pub(super) room: u32,
+    /// Pages that it has room for, and that take it up.
+    pub(super) quota: u64,
+    pub(super) held: u64,
+    /// Of these, so many are to be forgotten, once or more often.
+    pub(super) to_free: u64,
+    /// and of those it was not told of so many yet.
+    pub(super) unsent: u64,
+    /// Pieces that it has something of.
     pub(super) used: u32,
     /// A mean of what urgent fetches took lately, in nanoseconds.
     pub(super) latency: u64,
@@ -90,6 +99,8 @@ pub(super) enum Kind {
     /// To a place. The content is there once it was read. Outdated: a page changed meanwhile.
     Copy {
         to: usize,
+        /// The place that is being filled, which may have no room itself.
+        fill: usize,
         content: Buffer,
         outdated: bool,
     },
@@ -105,8 +116,16 @@ pub(super) struct Flight {
     pub(super) begun: Instant,
     /// What it changes at the place, along the RAM file; nothing if it reads.
     pub(super) ranges: SmallVec<[Range<u64>; 4]>,
+    /// When it is answered, so many pages less are to be forgotten there.
+    pub(super) frees: u64,
     /// Not sent yet: something that it overlaps was asked earlier and has no answer.
     waits: Option<What>,
+}
+
+impl Flight {
+    pub(super) fn stores(&self) -> bool {
+        matches!(self.what, Asked::Store)
+    }
 }
 
 pub(super) enum Asked {
@@ -128,8 +147,12 @@ pub(super) struct Core {
     pub(super) ops: Slab<Op>,
     pub(super) flights: Slab<Flight>,
     serial: u32,
-    /// Stores that nobody can take.
+    /// Stores that nobody can take,
     pub(super) homeless: Vec<usize>,
+    /// or for which nobody has room.
+    pub(super) cramped: Vec<usize>,
+    /// Something was forgotten, so that there may be some.
+    pub(super) room_came: bool,
     /// Flights that were refused, and when they are asked again.
     pub(super) later: VecDeque<(Instant, usize, u32)>,
     pub(super) fills: Vec<Fill>,
@@ -141,6 +164,8 @@ pub(super) struct Core {
     pub(super) stuck: bool,
     /// Pieces with fewer copies than they should have.
     pub(super) degraded: u64,
+    /// Pages that no copy was left of.
+    pub(super) lost: u64,
     /// What the handler is to be told.
     pub(super) done: Vec<Done>,
 }
@@ -166,6 +191,8 @@ impl Core {
             flights: Slab::new(),
             serial: 0,
             homeless: Vec::new(),
+            cramped: Vec::new(),
+            room_came: false,
             later: VecDeque::new(),
             fills: Vec::new(),
             copying: 0,
@@ -174,20 +201,21 @@ impl Core {
             hedge_at: now,
             stuck: false,
             degraded: 0,
+            lost: 0,
             done: Vec::new(),
         }
     }
 
-    /// Another place, with room for so many pieces of this shard; the local file has room for all.
+    /// Another place, with room for so many pages of this shard; the local file has room for all.
     pub(super) fn add(
         &mut self,
         name: &str,
         counters: Arc<Counters>,
-        room: u32,
+        quota: u64,
         file: bool,
         now: Instant,
     ) -> usize {
-        counters.room.store(room.into(), Ordering::Relaxed);
+        counters.room.store(quota, Ordering::Relaxed);
         self.places.push(Place {
             name: name.to_owned(),
             counters,
@@ -196,7 +224,10 @@ impl Core {
             draining: false,
             left: false,
             file,
-            room,
+            quota,
+            held: 0,
+            to_free: 0,
+            unsent: 0,
             used: 0,
             latency: FIRST_LATENCY,
             asks: Vec::new(),
@@ -207,7 +238,7 @@ impl Core {
             dropped: false,
             lacks: false,
         });
-        self.repair = true;
+        (self.repair, self.room_came) = (true, true);
         self.places.len() - 1
     }
 
@@ -290,6 +321,7 @@ impl Core {
         at.writes.clear();
         at.forgets.clear();
         at.cleanups.clear();
+        (at.to_free, at.unsent) = (0, 0);
         let mut bereft = self.take_flights(place, None);
         // Who is asked again says by itself what is lost.
         bereft.retain(|op| self.ops[*op].flights.is_empty());
@@ -323,12 +355,18 @@ impl Core {
         let mut lost = 0;
         for run in self.pieces[piece].take_lost() {
             self.outdate(piece, &run);
+            self.release(piece, &run, &[], Instant::now());
             let (first, count) = (self.page(piece, run.start), run.len() as u32);
             lost += u64::from(count);
             self.done.push(Done::Lost { first, count, why: why.to_owned() });
         }
-        self.health.lost(self.shard as usize, lost, why);
+        self.say_lost(lost, why);
         lost
+    }
+
+    pub(super) fn say_lost(&mut self, pages: u64, why: &str) {
+        self.lost += pages;
+        self.health.lost(self.shard as usize, pages, why);
     }
 
     /// A place does not keep a piece any more, and has nothing of it.
@@ -336,12 +374,18 @@ impl Core {
         let Some(copy) = self.pieces[piece].find(place) else { return };
         let len = (self.range(piece).end - self.range(piece).start) as u32;
         let less = self.pieces[piece].set_bad(0..len, copy.slot);
+        let freed = self.pieces[piece].take(0..len, copy.slot, false);
         let at = &mut self.places[place];
         at.counters.pages.fetch_sub(less, Ordering::Relaxed);
         at.counters.lost.fetch_add(less, Ordering::Relaxed);
         at.used = at.used.saturating_sub(1);
+        at.held = at.held.saturating_sub(freed);
         self.pieces[piece].remove(place);
         self.stop_copies(piece, place);
+        if copy.role.stays() && less > 0 {
+            self.refill_members(piece);
+        }
+        self.room_came = true;
     }
 
     /// Nobody waits any more for what `place` was asked (for `piece`, if given). Returns who waited.
@@ -391,7 +435,9 @@ impl Core {
         let blocked = earlier.iter().any(|other| overlap(&self.flights[*other].ranges, &ranges));
         let writes = !ranges.is_empty();
         let (now_or_later, waits) = if blocked { (None, Some(what)) } else { (Some(what), None) };
-        let flight = Flight { op, place, serial, what: asked, begun: now, ranges, waits };
+        let frees =
+            if matches!(asked, Asked::Forget) { std::mem::take(&mut self.places[place].unsent) } else { 0 };
+        let flight = Flight { op, place, serial, what: asked, begun: now, ranges, frees, waits };
         let index = self.flights.insert(flight);
         if let Some(op) = op {
             self.ops[op].flights.push(index);

@@ -38,8 +38,9 @@ pub(super) struct Counters {
     pub(super) stored: AtomicU64,
     pub(super) copied: AtomicU64,
     pub(super) lost: AtomicU64,
-    /// Pieces that are kept here, and for which there is room.
+    /// Pieces of which something is kept here.
     pub(super) pieces: AtomicU64,
+    /// Pages for which there is room in all.
     pub(super) room: AtomicU64,
     /// Pieces that are to move away and have not.
     pub(super) leaving: AtomicU64,
@@ -98,9 +99,9 @@ pub struct HelperReport {
     pub copied: u64,
     /// Pages whose copies here were lost with it.
     pub lost: u64,
-    /// Pieces that it keeps.
+    /// Pieces of which it keeps something.
     pub pieces: u64,
-    /// Pieces that it has room for.
+    /// Pages that it has room for in all.
     pub room: u64,
     /// Pieces that are still to move away.
     pub leaving: u64,

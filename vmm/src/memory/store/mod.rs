@@ -24,16 +24,18 @@ mod placement;
 pub mod protocol;
 mod remote;
 mod requests;
+mod room;
 mod stores;
 #[cfg(test)]
 pub(crate) mod testing;
 
 pub use compress::{Compress, Compression};
-pub use connect::{ConnectError, Connected, OnLoss, Terms, connect};
+pub use connect::{ConnectError, Connected, MOST_THAT_HELP, OnLoss, Terms, connect};
 pub use control::{Control, NoSuchHelper};
 pub use file::Error as FileError;
 pub use health::{Health, HelperReport, Report, Standing, Stuck};
 pub use remote::Helper;
+pub use room::{least, suffices};
 pub use stores::Stores;
 
 /// How soon a page is needed.
@@ -72,6 +74,13 @@ pub trait Source: Send {
     /// Says that the content of `count` pages from `first` on, all of one piece, is worthless from now on. Has no
     /// answer. Pages that nothing is kept of may be among them.
     fn forget(&mut self, first: Page, count: u32);
+
+    /// How many pages the handler should [forget](Self::forget) that it has itself: of which what is kept is a copy, or
+    /// outdated. Asked before every wait of the ring. Only as long as it does so, sources need not have room for all of
+    /// the guest's RAM.
+    fn short(&self) -> u64 {
+        0
+    }
 
     /// Looks at a completion of the ring; appends what it finished to `done`. `false`: it is not this source's.
     fn complete(&mut self, ring: &mut Ring, completion: Completion, done: &mut Vec<Done>) -> bool;

@@ -1,6 +1,7 @@
 //! What is done in the background so that every piece is where it should be: other copies for what was lost, places
 //! that are emptied, places that are given up on.
 
+use std::ops::Range;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -9,8 +10,8 @@ use transport::buffer::Buffer;
 
 use super::Urgency;
 use super::ask::What;
-use super::copies::{Copies, Good, Role};
-use super::core::{Asked, Core, Kind, Op};
+use super::copies::{Copies, Copy, Enough, Good, Role};
+use super::core::{Asked, Core, Kind, Op, Place};
 use super::health::Standing;
 use super::placement::{Candidate, choose};
 use super::protocol::MAX_RANGES;
@@ -49,6 +50,7 @@ impl Core {
         if std::mem::take(&mut self.repair) {
             self.repair_all(now);
         }
+        next = earlier(next, self.uncramp(now));
         self.pump(now);
         if self.repair {
             next = Some(now);
@@ -63,7 +65,9 @@ impl Core {
 
     /// Whether something changed since [`tick`](Self::tick) that should not wait.
     pub(super) fn wants_tick(&self) -> bool {
-        self.repair || self.places.iter().any(|at| !at.asks.is_empty() || !at.cleanups.is_empty() || at.leave)
+        self.repair
+            || self.room_came && !self.cramped.is_empty()
+            || self.places.iter().any(|at| !at.asks.is_empty() || !at.cleanups.is_empty() || at.leave)
     }
 
     /// Starts to empty a place.
@@ -79,28 +83,67 @@ impl Core {
     pub(super) fn find_member(&mut self, piece: usize, now: Instant) -> bool {
         let copies = &self.pieces[piece];
         let open = self.places.iter().enumerate().filter(|(index, at)| {
-            at.serving && !at.draining && !at.left && !at.file && copies.find(*index).is_none()
+            let role = copies.find(*index).map(|copy| copy.role);
+            let known = role.map_or(copies.has_slot(), |role| role == Role::Helping);
+            at.serving && !at.draining && !at.left && !at.file && known
         });
-        let found = choose(open.map(|(place, at)| Candidate { place, room: at.room, used: at.used }));
+        let candidate = |(place, at): (usize, &Place)| Candidate { place, quota: at.quota, used: at.used };
+        let found = choose(open.map(candidate));
         found.is_some_and(|place| self.add_member(piece, place, now))
     }
 
     fn add_member(&mut self, piece: usize, place: usize, now: Instant) -> bool {
         let empty = self.pieces[piece].is_empty();
         let role = if empty { Role::Keeping } else { Role::Filling };
-        if !self.pieces[piece].add(place, role) {
+        if self.pieces[piece].find(place).is_some_and(|copy| copy.role == Role::Helping) {
+            self.pieces[piece].set_role(place, role);
+        } else if self.pieces[piece].add(place, role) {
+            self.places[place].used += 1;
+        } else {
             return false;
         }
-        self.places[place].used += 1;
         if !empty {
             self.fills.push(Fill { piece, to: place, cursor: 0, flying: 0 });
             // What is being stored goes there too, so that all that is missing there can be copied.
             let storing = |op: &Op| op.piece == piece && matches!(op.kind, Kind::Store(_));
             let stores = self.ops.iter().filter(|(_, op)| storing(op) && !op.flights.is_empty());
             let stores: Vec<usize> = stores.map(|(index, _)| index).collect();
-            stores.into_iter().for_each(|op| self.ask_store(op, place, now));
+            for op in stores {
+                let Op { pages, flights, .. } = &self.ops[op];
+                let asked = flights.iter().any(|flight| self.flights[*flight].place == place);
+                if !asked && self.fits(piece, pages, place) {
+                    self.ask_store(op, place, now);
+                }
+            }
         }
         true
+    }
+
+    /// Where those who get the piece lack pages, since somebody goes who had them, they are filled up again.
+    pub(super) fn refill_members(&mut self, piece: usize) {
+        let (copies, file) = (&self.pieces[piece], self.file());
+        let enough = copies.enough(self.settings.copies, file);
+        let lacks = |copy: &&Copy| {
+            let enough = if Some(usize::from(copy.place)) == file { Enough::NEVER } else { enough };
+            copy.role == Role::Keeping && !copies.is_full(copy.slot, enough)
+        };
+        let keeping = copies.at.iter().filter(lacks);
+        let keeping: SmallVec<[usize; 3]> = keeping.map(|copy| usize::from(copy.place)).collect();
+        keeping.into_iter().for_each(|place| self.refill(piece, place));
+    }
+
+    /// `pages` were stored: with fewer copies than they should have, if room was short.
+    pub(super) fn fill_up(&mut self, piece: usize, pages: &Range<u32>) {
+        let copies = &self.pieces[piece];
+        let file = self.file();
+        let helpers = copies.lacks(pages.clone(), copies.enough(self.settings.copies, file));
+        let good = copies.all_good(pages.clone());
+        let lacks = copies.at.iter().filter(|copy| {
+            let is_file = Some(usize::from(copy.place)) == file;
+            copy.role == Role::Keeping && !good.has(copy.slot) && (helpers || is_file)
+        });
+        let lacks: SmallVec<[usize; 3]> = lacks.map(|copy| usize::from(copy.place)).collect();
+        lacks.into_iter().for_each(|place| self.refill(piece, place));
     }
 
     /// A copy that lacks pages is filled up again.
@@ -122,6 +165,7 @@ impl Core {
         self.places[place].counters.pages.fetch_sub(less, Ordering::Relaxed);
         self.stop_copies(piece, place);
         self.places[place].cleanups.push(piece);
+        self.refill_members(piece);
         for op in self.take_flights(place, Some(piece)) {
             self.bereft(op, "no copy is left", now);
         }
@@ -227,15 +271,7 @@ impl Core {
         for piece in 0..self.pieces.len() {
             degraded += u64::from(!self.repair_piece(piece, now));
         }
-        match (std::mem::replace(&mut self.degraded, degraded), degraded) {
-            (0, 1..) => {
-                let (shard, pieces) = (self.shard, degraded);
-                tracing::warn!(shard, pieces, "Some of the guest's memory has fewer copies than it should");
-            }
-            (1.., 0) => tracing::info!(shard = self.shard, "All of the guest's memory has its copies again"),
-            _ => {}
-        }
-        self.health.degraded(self.shard as usize, degraded);
+        self.tell_degraded(degraded);
         for op in std::mem::take(&mut self.homeless) {
             self.send_store(op, now);
         }
@@ -251,6 +287,29 @@ impl Core {
         }
     }
 
+    /// Says how many pieces have too few copies, where that begins or ends.
+    fn tell_degraded(&mut self, degraded: u64) {
+        let shard = self.shard;
+        match (std::mem::replace(&mut self.degraded, degraded), degraded) {
+            (0, pieces @ 1..) => {
+                tracing::warn!(shard, pieces, "Some of the guest's memory has fewer copies than it should");
+            }
+            (1.., 0) if self.lost == 0 => {
+                tracing::info!(shard, "All of the guest's memory has its copies again");
+            }
+            (1.., 0) => {
+                let lost = self.lost;
+                tracing::info!(
+                    shard,
+                    lost,
+                    "What is left of the guest's memory has its copies; pages of it are lost"
+                );
+            }
+            _ => {}
+        }
+        self.health.degraded(shard as usize, degraded);
+    }
+
     /// Nothing is kept at a place any more: its memory is given back.
     fn leave(&mut self, place: usize, now: Instant) {
         for piece in 0..self.pieces.len() {
@@ -264,12 +323,13 @@ impl Core {
         at.writes.clear();
         at.forgets.clear();
         at.cleanups.clear();
+        (at.to_free, at.unsent) = (0, 0);
         (at.left, at.leave, at.serving) = (true, true, false);
         let why = "everything was moved to others".to_owned();
         self.health.stands(place, self.shard as usize, &Standing::Left { why });
     }
 
-    /// `false`: it has fewer copies than it should, and nobody has room.
+    /// `false`: it has fewer copies than it should.
     fn repair_piece(&mut self, piece: usize, now: Instant) -> bool {
         let members = |core: &Self| -> SmallVec<[usize; 3]> {
             let members = core.pieces[piece].members().map(|copy| usize::from(copy.place));
@@ -279,8 +339,10 @@ impl Core {
             if self.places[place].draining && self.find_member(piece, now) {
                 self.pieces[piece].set_role(place, Role::Leaving);
                 self.stop_copies(piece, place);
+                self.refill_members(piece);
             }
         }
+        self.repair_helping(piece);
         while members(self).len() < self.settings.copies {
             let leaving = self.pieces[piece].at.iter().find(|copy| copy.role == Role::Leaving).copied();
             match leaving {
@@ -296,7 +358,25 @@ impl Core {
             self.add_member(piece, file, now);
         }
         self.dismiss_leaving(piece, now);
-        !self.settings.local || self.places.iter().any(|at| at.file && !at.left)
+        let has = |role: Role| self.pieces[piece].at.iter().any(|copy| copy.role == role);
+        let filling = has(Role::Filling) && !has(Role::Leaving);
+        !filling && (!self.settings.local || self.places.iter().any(|at| at.file && !at.left))
+    }
+
+    /// Who helps and has nothing any more is let go, and who helps and is to be emptied leaves.
+    fn repair_helping(&mut self, piece: usize) {
+        let helping = self.pieces[piece].at.iter().filter(|copy| copy.role == Role::Helping);
+        let helping: SmallVec<[Copy; 3]> = helping.copied().collect();
+        for copy in helping {
+            let place = usize::from(copy.place);
+            let len = self.shards.pieces().each();
+            if self.pieces[piece].taken(0..len, copy.slot) == 0 {
+                self.remove_copy(piece, place);
+            } else if self.places[place].draining {
+                self.pieces[piece].set_role(place, Role::Leaving);
+                self.refill_members(piece);
+            }
+        }
     }
 
     /// Who is leaving goes when others have everything.
@@ -306,7 +386,8 @@ impl Core {
         if !copies.members().any(|copy| copy.role == Role::Keeping) {
             return;
         }
-        let slots: SmallVec<[u8; 3]> = copies.members().map(|copy| copy.slot).collect();
+        let stay = copies.at.iter().filter(|copy| copy.role.stays());
+        let slots: SmallVec<[u8; 3]> = stay.map(|copy| copy.slot).collect();
         let leaving = copies.at.iter().filter(|copy| copy.role == Role::Leaving);
         let spare = leaving.filter(|copy| copies.is_spare(copy.slot, &slots));
         let spare: SmallVec<[usize; 3]> = spare.map(|copy| usize::from(copy.place)).collect();
@@ -315,6 +396,9 @@ impl Core {
 
     /// Copies on, as far as the window allows.
     fn pump(&mut self, now: Instant) {
+        if self.fills.is_empty() {
+            return;
+        }
         let mut at = 0;
         while at < self.fills.len() && self.copying < WINDOW {
             if self.copy_some(at, now) {
@@ -327,28 +411,39 @@ impl Core {
     fn copy_some(&mut self, at: usize, now: Instant) -> bool {
         let Fill { piece, to, .. } = self.fills[at];
         let Some(copy) = self.pieces[piece].find(to).filter(|_| self.places[to].serving) else { return true };
+        let file = self.file();
+        let enough = match file {
+            Some(file) if file == to => Enough::NEVER,
+            _ => self.pieces[piece].enough(self.settings.copies, file),
+        };
+        let mut room = true;
         while self.copying < WINDOW {
             let source = |good: Good| {
                 let place = self.best(piece, good, &[to]).filter(|place| self.places[*place].serving)?;
                 Some(self.pieces[piece].find(place)?.slot)
             };
-            let found = self.pieces[piece].next_to_copy(self.fills[at].cursor, RUN, copy.slot, source);
+            let found =
+                self.pieces[piece].next_to_copy(self.fills[at].cursor, RUN, copy.slot, enough, source);
             let Some((pages, slot)) = found else { break };
+            let Some(place) = self.copy_to(piece, &pages, to) else {
+                room = false;
+                break;
+            };
             let from = self.pieces[piece].at.iter().find(|copy| copy.slot == slot);
             let Some(from) = from.map(|copy| usize::from(copy.place)) else { break };
             self.fills[at].cursor = pages.end;
             self.fills[at].flying += 1;
             self.copying += 1;
-            let kind = Kind::Copy { to, content: Buffer::empty(), outdated: false };
+            let kind = Kind::Copy { to: place, fill: to, content: Buffer::empty(), outdated: false };
             let op = self.ops.insert(Op { piece, pages, kind, flights: SmallVec::new(), begun: now });
             self.ask_fetch(op, from, Urgency::Ahead, now);
         }
-        if self.copying == WINDOW || self.fills[at].flying > 0 {
+        if !room || self.copying == WINDOW || self.fills[at].flying > 0 {
             return true;
         }
         // The end, or a page that nobody who is here has.
         self.fills[at].cursor = 0;
-        if !self.pieces[piece].is_full(copy.slot) {
+        if !self.pieces[piece].is_full(copy.slot, enough) {
             return true;
         }
         self.fills.remove(at);
@@ -357,12 +452,31 @@ impl Core {
         false
     }
 
+    /// Where `pages` are to be copied for the sake of `to`: there, or to whoever has room. `None`: nobody has.
+    fn copy_to(&mut self, piece: usize, pages: &Range<u32>, to: usize) -> Option<usize> {
+        if self.places[to].file {
+            return Some(to);
+        }
+        if !self.may_copy() {
+            return None;
+        }
+        if self.fits(piece, pages, to) {
+            return Some(to);
+        }
+        let good = self.pieces[piece].any_good(pages.clone());
+        let have = self.pieces[piece].at.iter().filter(|copy| good.has(copy.slot));
+        let have: SmallVec<[usize; 3]> = have.map(|copy| usize::from(copy.place)).collect();
+        let place = self.helping(piece, pages, &have)?;
+        self.help(piece, place);
+        Some(place)
+    }
+
     /// A copying is over, one way or the other.
     pub(super) fn end_copy(&mut self, op: usize) {
         let Op { piece, kind, .. } = self.end(op);
-        let Kind::Copy { to, .. } = kind else { return };
+        let Kind::Copy { fill, .. } = kind else { return };
         self.copying -= 1;
-        if let Some(fill) = self.fills.iter_mut().find(|fill| (fill.piece, fill.to) == (piece, to)) {
+        if let Some(fill) = self.fills.iter_mut().find(|other| (other.piece, other.to) == (piece, fill)) {
             fill.flying = fill.flying.saturating_sub(1);
         }
     }
@@ -370,7 +484,8 @@ impl Core {
     /// Says whom something waits for that nobody else can do.
     fn tell_stuck(&mut self, now: Instant) {
         let away = self.places.iter().any(|at| !at.serving && !at.left);
-        if !away && !self.stuck && self.homeless.is_empty() {
+        let cramped = !self.cramped.is_empty() && !self.enough_for_one();
+        if !away && !self.stuck && self.homeless.is_empty() && !cramped {
             return;
         }
         let waits = |op: &Op| {
@@ -381,7 +496,8 @@ impl Core {
         };
         let missed = self.ops.iter().find_map(|(_, op)| waits(op));
         let homeless = || self.places.iter().position(|at| !at.serving && !at.file);
-        let missed = missed.or_else(|| (!self.homeless.is_empty()).then(|| homeless().unwrap_or_default()));
+        let missed =
+            missed.or_else(|| (cramped || !self.homeless.is_empty()).then(|| homeless().unwrap_or_default()));
         self.stuck = missed.is_some();
         self.health.stuck(self.shard as usize, missed, now);
     }

@@ -8,8 +8,9 @@ use smallvec::SmallVec;
 /// The helpers that keep a piece, by their number.
 pub(super) type Keepers = SmallVec<[u8; 2]>;
 
-/// Deals `pieces` pieces to helpers that have room for `room` pieces each, `copies` different ones for each piece.
-/// `None`: there is not enough room, or there are not enough helpers.
+/// Deals `pieces` pieces to helpers that have room for `room` pieces each, `copies` different ones for each piece; where
+/// all together have room for less, since pages may be here instead, in proportion to it. `None`: there are not enough
+/// helpers.
 pub(super) fn deal(pieces: u32, room: &[u32], copies: u32) -> Option<Vec<Keepers>> {
     let shares = shares(pieces, room, copies)?;
     let mut left = shares.clone();
@@ -36,8 +37,11 @@ pub(super) fn deal(pieces: u32, room: &[u32], copies: u32) -> Option<Vec<Keepers
 
 /// How many pieces each helper gets: in proportion to its room, as far as it has it, and no piece twice.
 fn shares(pieces: u32, room: &[u32], copies: u32) -> Option<Vec<u32>> {
-    let most: Vec<u64> = room.iter().map(|room| u64::from((*room).min(pieces))).collect();
+    let mut most: Vec<u64> = room.iter().map(|room| u64::from((*room).min(pieces))).collect();
     let need = u64::from(pieces) * u64::from(copies);
+    if most.iter().sum::<u64>() < need {
+        most.iter_mut().filter(|most| **most > 0).for_each(|most| *most = pieces.into());
+    }
     if most.iter().sum::<u64>() < need || room.len() > usize::from(u8::MAX) {
         return None;
     }
@@ -63,17 +67,16 @@ fn shares(pieces: u32, room: &[u32], copies: u32) -> Option<Vec<u32>> {
 pub(super) struct Candidate {
     /// The place's number.
     pub(super) place: usize,
-    /// Pieces that it has room for in all.
-    pub(super) room: u32,
-    /// Pieces that it keeps.
+    /// Pages that it has room for in all.
+    pub(super) quota: u64,
+    /// Pieces that it keeps something of.
     pub(super) used: u32,
 }
 
-/// Who takes a piece that must move: the one with the largest part of its room free.
+/// Who takes a piece that must move: the one that keeps the fewest for its size.
 pub(super) fn choose(candidates: impl Iterator<Item = Candidate>) -> Option<usize> {
-    let free = |c: &Candidate| u64::from(c.room - c.used) * 1_000_000 / u64::from(c.room);
-    let open = candidates.filter(|c| c.used < c.room);
-    open.max_by_key(|c| (free(c), std::cmp::Reverse(c.place))).map(|c| c.place)
+    let share = |c: &Candidate| (u64::from(c.used) + 1).saturating_mul(1 << 32) / c.quota.max(1);
+    candidates.filter(|c| c.quota > 0).min_by_key(|c| (share(c), c.place)).map(|c| c.place)
 }
 
 #[cfg(test)]
@@ -99,16 +102,24 @@ mod tests {
     fn a_mirror_of_two_has_everything_twice_whatever_their_sizes_beyond_that() {
         let dealt = deal(10, &[100, 10], 2).expect("there is room");
         assert_eq!(counts(&dealt, 2), [10, 10]);
-        assert!(deal(10, &[100, 9], 2).is_none(), "no piece lies twice on one helper");
-        assert!(deal(10, &[100], 2).is_none());
-        assert!(deal(10, &[4, 5], 1).is_none());
+        assert!(deal(10, &[100], 2).is_none(), "no piece lies twice on one helper");
     }
 
     #[test]
-    fn the_one_with_the_largest_part_free_takes_what_moves() {
-        let at = |place, room, used| Candidate { place, room, used };
-        assert_eq!(choose([at(0, 10, 9), at(1, 4, 2), at(2, 100, 60)].into_iter()), Some(1));
-        assert_eq!(choose([at(0, 10, 10), at(1, 0, 0)].into_iter()), None);
+    fn where_not_everything_has_room_at_once_it_is_dealt_in_proportion() {
+        let dealt = deal(30, &[4, 8], 1).expect("pages may be here too");
+        assert_eq!(counts(&dealt, 2), [10, 20]);
+        let dealt = deal(10, &[6, 0, 6], 2).expect("pages may be here too");
+        assert_eq!(counts(&dealt, 3), [10, 0, 10]);
+        assert!(deal(10, &[0], 1).is_none());
+    }
+
+    #[test]
+    fn the_one_with_the_fewest_pieces_for_its_size_takes_what_moves() {
+        let at = |place, quota, used| Candidate { place, quota, used };
+        assert_eq!(choose([at(0, 1000, 9), at(1, 400, 2), at(2, 10_000, 79)].into_iter()), Some(1));
+        assert_eq!(choose([at(0, 1000, 3), at(1, 1000, 3)].into_iter()), Some(0));
+        assert_eq!(choose([at(1, 0, 0)].into_iter()), None);
     }
 
     proptest! {
@@ -120,7 +131,7 @@ mod tests {
         ) {
             let fits = room.iter().map(|room| (*room).min(pieces)).sum::<u32>() >= pieces * copies;
             let dealt = deal(pieces, &room, copies);
-            prop_assert_eq!(dealt.is_some(), fits);
+            prop_assert_eq!(dealt.is_some(), room.iter().filter(|room| **room > 0).count() >= copies as usize);
             let Some(dealt) = dealt else { return Ok(()) };
             prop_assert_eq!(dealt.len(), pieces as usize);
             for keepers in &dealt {
@@ -128,7 +139,8 @@ mod tests {
                 prop_assert_eq!(different.len(), copies as usize);
             }
             for (count, room) in counts(&dealt, room.len()).into_iter().zip(&room) {
-                prop_assert!(count <= *room);
+                let most = if fits { *room } else { pieces };
+                prop_assert!(count <= most);
             }
         }
     }

@@ -57,6 +57,11 @@ pub struct Helper {
 }
 
 impl Helper {
+    /// How many pages of this guest it may have.
+    pub(super) fn pages(&self) -> u64 {
+        self.size / PAGE as u64
+    }
+
     /// A connection for the calls around a guest's life.
     pub(super) fn client(&self, name: &str) -> Result<Client, blocking::Error> {
         let address = devices::disk::remote::with_port(&self.agent);

@@ -39,9 +39,10 @@ impl Core {
                 None => {
                     self.outdate(piece, &run);
                     let held = self.pieces[piece].forget(run.clone(), |_, _| {}).is_some();
+                    self.release(piece, &run, &[], now);
                     let (first, count) = (self.page(piece, run.start), run.len() as u32);
                     if held {
-                        self.health.lost(self.shard as usize, count.into(), why);
+                        self.say_lost(count.into(), why);
                     }
                     self.done.push(Done::Lost { first, count, why: why.to_owned() });
                 }
@@ -86,25 +87,32 @@ impl Core {
         self.send_store(op, now);
     }
 
-    /// Sends a store to everybody who keeps the piece, or finds somebody.
+    /// Sends a store to everybody who keeps the piece and has room, or finds somebody; or has it wait.
     pub(super) fn send_store(&mut self, op: usize, now: Instant) {
         let piece = self.ops[op].piece;
         if self.pieces[piece].members().next().is_none() {
             self.find_member(piece, now);
         }
-        let members: SmallVec<[usize; 3]> =
-            self.pieces[piece].members().map(|copy| usize::from(copy.place)).collect();
-        if members.is_empty() {
-            self.homeless.push(op);
-        }
-        for place in members {
-            self.ask_store(op, place, now);
+        let pages = self.ops[op].pages.clone();
+        match self.targets(op, now) {
+            None if pages.len() > 1 => {
+                self.split_store(op).into_iter().for_each(|op| self.send_store(op, now));
+            }
+            None => self.cramped.push(op),
+            Some(targets) if targets.is_empty() => self.homeless.push(op),
+            Some(targets) => {
+                targets.iter().for_each(|place| self.help(piece, *place));
+                self.release(piece, &pages, &targets, now);
+                targets.into_iter().for_each(|place| self.ask_store(op, place, now));
+            }
         }
     }
 
     /// Sends what a store, or a copying that has read, has to write.
     pub(super) fn ask_store(&mut self, op: usize, place: usize, now: Instant) {
         let Some(what) = self.to_write(op) else { return };
+        let Op { piece, pages, .. } = &self.ops[op];
+        self.take_room(*piece, pages.clone(), place);
         self.ask(place, Some(op), Asked::Store, what, now);
     }
 
@@ -121,16 +129,12 @@ impl Core {
         self.outdate(piece, &pages);
         let (copies, places) = (&mut self.pieces[piece], &self.places);
         let at = copies.at.clone();
-        let held = copies.forget(pages, |slot, less| {
+        copies.forget(pages.clone(), |slot, less| {
             for copy in at.iter().filter(|copy| copy.slot == slot) {
                 places[usize::from(copy.place)].counters.pages.fetch_sub(less, Ordering::Relaxed);
             }
         });
-        if held.is_some() {
-            for copy in at.iter().filter(|copy| copy.role != Role::Gone) {
-                self.queue_forget(copy.place.into(), first.0..first.0 + u64::from(count), now);
-            }
-        }
+        self.release(piece, &pages, &[], now);
     }
 
     /// What is being copied of `pages` is not their content any more.
@@ -189,7 +193,11 @@ impl Core {
                     pieces.into_iter().for_each(|piece| self.cleaned(piece, place));
                 }
             }
-            (Asked::Forget, Outcome::Done) => drop(self.land(index, now)),
+            (Asked::Forget, Outcome::Done) => {
+                let Flight { ranges, frees, .. } = self.land(index, now);
+                self.places[place].to_free -= frees.min(self.places[place].to_free);
+                self.freed(place, &ranges);
+            }
             (_, outcome) => {
                 if op.is_none() && !matches!(flight.what, Asked::Cleanup(_) | Asked::Forget) {
                     return drop(self.land(index, now));
@@ -229,7 +237,12 @@ impl Core {
             Kind::Copy { to, content: read, .. } => {
                 let to = *to;
                 *read = content;
-                self.ask_store(op, to, now);
+                let Op { piece, pages, .. } = &self.ops[op];
+                if self.fits(*piece, pages, to) {
+                    self.ask_store(op, to, now);
+                } else {
+                    self.end_copy(op);
+                }
             }
             Kind::Store(_) => {}
         }
@@ -250,6 +263,8 @@ impl Core {
             }
             let more = self.pieces[piece].set_good(pages, copy.slot);
             counters.pages.fetch_add(more, Ordering::Relaxed);
+        } else if copying {
+            self.release_wasted(piece, pages, place, now);
         }
         if copying {
             self.end_copy(op);
@@ -267,6 +282,7 @@ impl Core {
         }
         self.end(op);
         self.pieces[piece].end_store(pages.clone());
+        self.fill_up(piece, &pages);
         let (first, count) = (self.page(piece, pages.start), pages.len() as u32);
         self.done.push(Done::Stored { first, count });
     }
@@ -277,15 +293,23 @@ impl Core {
         let (piece, pages) = (*piece, pages.clone());
         let at = page.checked_sub(self.range(piece).start).and_then(|page| u32::try_from(page).ok());
         let bad = at.filter(|at| pages.contains(at)).map_or(pages, |at| at..at + 1);
-        if !std::mem::replace(&mut self.places[place].lacks, true) {
-            tracing::error!(helper = %self.places[place].name, page, "A helper lacks a page that it was given");
+        if !self.is_current(op) {
+            // It was forgotten meanwhile, and may have been stored again since.
+            return if self.ops[op].flights.is_empty() {
+                self.end_copy(op)
+            };
         }
         if let Some(copy) = self.pieces[piece].find(place) {
             let less = self.pieces[piece].set_bad(bad, copy.slot);
+            if less > 0 && !std::mem::replace(&mut self.places[place].lacks, true) {
+                tracing::error!(helper = %self.places[place].name, page, "A helper lacks a page that it was given");
+            }
             self.places[place].counters.pages.fetch_sub(less, Ordering::Relaxed);
             self.places[place].counters.lost.fetch_add(less, Ordering::Relaxed);
-            if copy.role == Role::Keeping {
-                self.refill(piece, place);
+            match copy.role {
+                Role::Keeping => self.refill(piece, place),
+                Role::Helping => self.refill_members(piece),
+                Role::Filling | Role::Leaving | Role::Gone => {}
             }
         }
         let why = "the helper says that it does not have it";
@@ -309,7 +333,7 @@ impl Core {
                 let Op { piece, pages, .. } = self.end(op);
                 self.fetch_pages(piece, pages, urgency, why, now);
             }
-            Kind::Store(_) if self.homeless.contains(&op) => {}
+            Kind::Store(_) if self.homeless.contains(&op) || self.cramped.contains(&op) => {}
             Kind::Store(_) => self.finish_store(op, now),
             Kind::Copy { .. } => self.end_copy(op),
         }

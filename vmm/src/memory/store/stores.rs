@@ -50,8 +50,8 @@ impl Stores {
         for command in self.mailbox.take() {
             match command {
                 Command::Drain(place) => self.core.drain(place),
-                Command::Add(mut remote, counters, room) => {
-                    let place = self.core.add(remote.agent(), counters, room, false, now);
+                Command::Add(mut remote, counters, quota) => {
+                    let place = self.core.add(remote.agent(), counters, quota, false, now);
                     if let Err(error) = remote.attach(ring) {
                         self.core.news(place, News::Left(error.to_string()), now);
                     }
@@ -128,6 +128,10 @@ impl Source for Stores {
 
     fn forget(&mut self, first: Page, count: u32) {
         self.core.forget(first, count, Instant::now());
+    }
+
+    fn short(&self) -> u64 {
+        self.core.short()
     }
 
     fn complete(&mut self, ring: &mut Ring, completion: Completion, done: &mut Vec<Done>) -> bool {
