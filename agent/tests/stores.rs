@@ -377,7 +377,7 @@ fn what_cannot_work_is_said_in_one_line_before_the_guest_starts() {
     let (error, said) = line(Helper { size: 512 << 20, ..helper(&agent) }, &large);
     assert!(matches!(error, ConnectError::Refused { .. }) && said.contains("512 MiB"), "{said}");
     let (error, said) = line(Helper { size: RAM - 1, ..helper(&agent) }, &terms(OnLoss::None));
-    assert!(matches!(error, ConnectError::TooSmall { .. }) && said.contains("48 MiB"), "{said}");
+    assert!(matches!(error, ConnectError::TooSmall { .. }) && said.contains("63 MiB"), "{said}");
     let impatient = Terms { timeout: Duration::from_millis(300), ..terms(OnLoss::None) };
     let (error, said) = line(Helper { agent: "127.0.0.1:1".to_owned(), ..helper(&agent) }, &impatient);
     assert!(matches!(error, ConnectError::Unreachable { .. }) && said.contains("127.0.0.1:1"), "{said}");

@@ -117,7 +117,7 @@ impl Move {
             }
         }
         let others = helpers.iter().filter(|other| other.name != *helper && other.standing == "here");
-        let room: u64 = others.map(|other| other.room.saturating_sub(other.pieces)).sum();
+        let room: u64 = others.map(|other| other.room.saturating_sub(other.pages)).sum();
         if !done && now.leaving > 0 && room == 0 && self.since.elapsed() >= NO_ROOM {
             return Err(Failure::failed(format!(
                 "{} pieces of `{guest}` stay on {}: no other helper has room for them; they move as soon as one has",
