@@ -352,4 +352,6 @@ mod local_test;
 #[cfg(test)]
 mod properties_test;
 #[cfg(test)]
+mod sources_test;
+#[cfg(test)]
 mod timer_test;

@@ -143,6 +143,20 @@ fn edges_are_counted_once_and_levels_as_long_as_they_last() {
 }
 
 #[test]
+fn a_line_that_becomes_level_triggered_asks_while_it_is_high_and_only_then() {
+    let mut pic = set_up(1);
+    pic.set_line(5, true);
+    pulse(&mut pic, 6);
+    assert_eq!(pic.acknowledge(), 0x35);
+    put(&mut pic, MASTER, 0x20);
+    assert_eq!(requests(&mut pic, MASTER), 0x40, "the edges that were remembered");
+    put(&mut pic, 0x4d0, 0x60);
+    assert_eq!(requests(&mut pic, MASTER), 0x20, "the levels");
+    put(&mut pic, 0x4d0, 0);
+    assert_eq!(requests(&mut pic, MASTER), 0, "no new edge");
+}
+
+#[test]
 fn a_request_that_is_gone_is_a_spurious_line_7_that_is_not_in_service() {
     let mut pic = set_up(1);
     put(&mut pic, 0x4d0, 0x20);
