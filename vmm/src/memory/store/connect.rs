@@ -287,7 +287,7 @@ fn plan(sizes: &[u64], terms: &Terms) -> Result<Vec<Keepers>, ConnectError> {
     }
     let shares =
         if all { whole } else { sizes.iter().map(|pages| (pages / 64).max(1).min(1 << 31) as u32).collect() };
-    placement::deal(pieces.count(), &shares, copies).ok_or_else(too_small)
+    placement::deal_by_handler(pieces.count(), terms.shards.count(), &shares, copies).ok_or_else(too_small)
 }
 
 fn random() -> std::io::Result<u128> {

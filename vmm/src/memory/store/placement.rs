@@ -8,6 +8,21 @@ use smallvec::SmallVec;
 /// The helpers that keep a piece, by their number.
 pub(super) type Keepers = SmallVec<[u8; 2]>;
 
+/// Deals as [`deal`] does, where every `handlers`-th piece is one handler's: so that each handler has its part of every
+/// helper's room, as far as that goes, and finds room on the others when one is to be emptied.
+pub(super) fn deal_by_handler(pieces: u32, handlers: u32, room: &[u32], copies: u32) -> Option<Vec<Keepers>> {
+    let parts = (0..handlers).map(|handler| {
+        let mine = (pieces + handlers - 1 - handler) / handlers;
+        let part = |room: &u32| (u64::from(*room) * u64::from(mine) / u64::from(pieces.max(1))) as u32;
+        let room: Vec<u32> = room.iter().map(part).collect();
+        let most: u64 = room.iter().map(|room| u64::from((*room).min(mine))).sum();
+        (most >= u64::from(mine) * u64::from(copies)).then(|| deal(mine, &room, copies)).flatten()
+    });
+    let Some(parts) = parts.collect::<Option<Vec<_>>>() else { return deal(pieces, room, copies) };
+    let at = |piece: u32| parts[(piece % handlers) as usize].get((piece / handlers) as usize).cloned();
+    (0..pieces).map(at).collect()
+}
+
 /// Deals `pieces` pieces to helpers that have room for `room` pieces each, `copies` different ones for each piece; where
 /// all together have room for less, since pages may be here instead, in proportion to it. `None`: there are not enough
 /// helpers.
@@ -120,6 +135,18 @@ mod tests {
         assert_eq!(choose([at(0, 1000, 9), at(1, 400, 2), at(2, 10_000, 79)].into_iter()), Some(1));
         assert_eq!(choose([at(0, 1000, 3), at(1, 1000, 3)].into_iter()), Some(0));
         assert_eq!(choose([at(1, 0, 0)].into_iter()), None);
+    }
+
+    #[test]
+    fn each_handler_has_its_part_of_every_helper() {
+        let counts_of = |dealt: &[Keepers], handler| {
+            counts(&dealt.iter().skip(handler).step_by(2).cloned().collect::<Vec<_>>(), 2)
+        };
+        let dealt = deal_by_handler(8, 2, &[8, 8], 1).expect("there is room");
+        assert_eq!((counts_of(&dealt, 0), counts_of(&dealt, 1)), (vec![2, 2], vec![2, 2]));
+        // What cannot be divided is dealt all the same.
+        let dealt = deal_by_handler(3, 2, &[2, 1], 1).expect("there is room");
+        assert_eq!(counts(&dealt, 2), [2, 1]);
     }
 
     proptest! {
