@@ -4,11 +4,10 @@ mod common;
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
-use std::net::{Shutdown, TcpListener, TcpStream};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
+use common::proxy::Proxy;
 use common::{Agent, Driver, LIMIT};
 use devices::disk::remote::{OnTimeout, connect};
 use devices::disk::volume::opcode;
@@ -213,59 +212,6 @@ fn an_agent_frozen_for_longer_than_a_lease_lasts_gives_no_holders_volume_away() 
     assert!(agent.log().contains("stood still"), "{}", agent.log());
     holder.write(0, &[2; 512]).expect("the holder goes on");
     assert_eq!(holder.read(0, 512), [2; 512]);
-}
-
-/// A way to the agent that can be cut.
-struct Proxy {
-    address: String,
-    open: Arc<Mutex<Vec<TcpStream>>>,
-    passing: Arc<AtomicBool>,
-}
-
-impl Proxy {
-    fn new(to: &str) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
-        let address = listener.local_addr().expect("bound").to_string();
-        let open: Arc<Mutex<Vec<TcpStream>>> = Arc::default();
-        let passing = Arc::new(AtomicBool::new(true));
-        let (to, list, passes) = (to.to_owned(), Arc::clone(&open), Arc::clone(&passing));
-        std::thread::spawn(move || {
-            for client in listener.incoming().map_while(Result::ok) {
-                let Ok(server) = TcpStream::connect(&to) else { continue };
-                if !passes.load(Ordering::SeqCst) {
-                    continue;
-                }
-                for (from, to) in [(&client, &server), (&server, &client)] {
-                    let (from, to) = (from.try_clone().expect("a copy"), to.try_clone().expect("a copy"));
-                    list.lock().expect("the list").push(from.try_clone().expect("a copy"));
-                    std::thread::spawn(move || pass(&from, &to));
-                }
-            }
-        });
-        Self { address, open, passing }
-    }
-
-    fn cut(&self) {
-        self.passing.store(false, Ordering::SeqCst);
-        for stream in self.open.lock().expect("the list").drain(..) {
-            stream.shutdown(Shutdown::Both).ok();
-        }
-    }
-
-    fn heal(&self) {
-        self.passing.store(true, Ordering::SeqCst);
-    }
-}
-
-fn pass(mut from: &TcpStream, mut to: &TcpStream) {
-    let mut buffer = vec![0; 64 << 10];
-    while let Ok(count @ 1..) = from.read(&mut buffer) {
-        if to.write_all(&buffer[..count]).is_err() {
-            break;
-        }
-    }
-    from.shutdown(Shutdown::Both).ok();
-    to.shutdown(Shutdown::Both).ok();
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! A real agent process, and a remote disk driven as a device's queue drives it.
 #![allow(dead_code, unreachable_pub)] // each test file uses its part
 
+pub mod proxy;
 pub mod systemd;
 
 use std::io::{BufRead, BufReader};
