@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use smallvec::SmallVec;
 use transport::buffer::Buffer;
 use transport::channel::Answer;
 use transport::wire::Status;
@@ -189,8 +190,10 @@ impl Link {
         }
     }
 
+    /// Known once there are as many: the first one alone may have been disturbed.
     fn get(&self) -> Option<f64> {
-        self.windows.iter().flatten().copied().min_by(f64::total_cmp)
+        let all = self.windows.iter().copied().collect::<Option<SmallVec<[f64; 4]>>>()?;
+        all.into_iter().min_by(f64::total_cmp)
     }
 }
 
