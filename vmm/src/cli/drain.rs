@@ -17,8 +17,9 @@ use crate::control::protocol::Command;
 /// How long a guest may take to answer what it answers at once.
 const PATIENCE: Duration = Duration::from_secs(5);
 const LOOK: Duration = Duration::from_millis(200);
-/// A move that stood still for so long, with no room left anywhere, waits for more helpers.
-const NO_ROOM: Duration = Duration::from_secs(3);
+/// A move that stood still for so long, with no room left anywhere, waits for more helpers. Room that pieces on their
+/// way have taken is not left either, so what tells is that nothing is copied any more.
+const NO_ROOM: Duration = Duration::from_secs(10);
 
 /// A guest whose memory moves.
 struct Move {
@@ -27,6 +28,8 @@ struct Move {
     /// The helper's name in that guest.
     helper: String,
     left: Option<u64>,
+    /// Pages that other helpers have got so far.
+    copied: u64,
     since: Instant,
 }
 
@@ -91,7 +94,7 @@ fn begin(folder: &Folder, node: &str, must: bool) -> Result<Option<Move>, Failur
         // It has no memory there.
         Err(_) => return Ok(None),
     };
-    Ok(Some(Move { guest, client, helper, left: None, since: Instant::now() }))
+    Ok(Some(Move { guest, client, helper, left: None, copied: 0, since: Instant::now() }))
 }
 
 impl Move {
@@ -102,6 +105,11 @@ impl Move {
         let Ok(helpers) = self.client.helpers() else { return Ok(true) };
         let Some(now) = helpers.iter().find(|known| known.name == *helper) else { return Ok(true) };
         let done = now.standing == "left";
+        let others = || helpers.iter().filter(|other| other.name != *helper);
+        let copied = others().map(|other| other.copied).sum();
+        if std::mem::replace(&mut self.copied, copied) != copied {
+            self.since = Instant::now();
+        }
         if self.left != Some(now.leaving) || done {
             self.since = Instant::now();
             self.left = Some(now.leaving);
@@ -116,8 +124,8 @@ impl Move {
                 show(&format!("{guest}: {leaving} pieces, {pages} pages still on {}\n", harmless(helper)))?;
             }
         }
-        let others = helpers.iter().filter(|other| other.name != *helper && other.standing == "here");
-        let room: u64 = others.map(|other| other.room.saturating_sub(other.pages)).sum();
+        let here = others().filter(|other| other.standing == "here");
+        let room: u64 = here.map(|other| other.room.saturating_sub(other.pages)).sum();
         if !done && now.leaving > 0 && room == 0 && self.since.elapsed() >= NO_ROOM {
             return Err(Failure::failed(format!(
                 "{} pieces of `{guest}` stay on {}: no other helper has room for them; they move as soon as one has",
