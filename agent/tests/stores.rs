@@ -271,6 +271,7 @@ fn a_helper_is_emptied_while_the_guest_goes_on() {
     (0..4).for_each(|piece| guest.send(piece * PIECE, 256));
     guest.until("it is stored", |guest| guest.waiting == 0);
     assert!(guest.all.control.drain("nobody").is_err());
+    guest.until("both are here", |guest| guest.all.control.lacks_without(&one.address) == 0);
     guest.all.control.drain(&one.address).expect("it is one of them");
     let mut round = 0;
     let left = |guest: &Guest| matches!(guest.all.health.report().helpers[0].standing, Standing::Left { .. });
@@ -288,6 +289,8 @@ fn a_helper_that_joins_takes_what_must_leave_another() {
     let (one, two) = (agent(), agent());
     let mut guest = Guest::new(&[&one], &terms(OnLoss::None));
     fill(&mut guest);
+    assert_eq!(guest.all.control.lacks_without(&one.address), RAM);
+    assert_eq!(guest.all.control.lacks_without("nobody"), 0);
     guest.all.control.drain(&one.address).expect("it is there");
     guest.until("nobody has room", |guest| guest.all.health.report().helpers[0].leaving == 4);
     guest.all.control.add(&helper(&two)).unwrap_or_else(|e| panic!("{e}"));

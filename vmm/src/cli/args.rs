@@ -82,6 +82,9 @@ pub enum Command {
     /// Begin a household of PCs, or look after its authority.
     #[command(subcommand)]
     Ca(Ca),
+    /// Memory on other PCs of guests that run.
+    #[command(subcommand)]
+    Memory(Memory),
     /// Invite PCs into the household, list and revoke them. Works on the PC where the household began.
     #[command(subcommand)]
     Node(Node),
@@ -363,6 +366,36 @@ pub struct NodeList {
     /// Where the identity is.
     #[command(flatten)]
     pub identity: IdentityFolder,
+}
+
+/// `omega memory`.
+#[derive(Debug, Subcommand)]
+pub enum Memory {
+    /// Have a running guest take memory of another PC.
+    ///
+    /// What lacks a copy gets one there, and what has to leave another helper; pages for which the others have no room go
+    /// there too. The guest's configuration stays as it is: add a `[[memory.helper]]` for the next start.
+    Add(MemoryAdd),
+}
+
+/// `omega memory add`.
+#[derive(Debug, Args)]
+pub struct MemoryAdd {
+    /// The guest's name.
+    #[arg(value_name = "GUEST")]
+    pub guest: String,
+    /// The agent, `host` or `host:port`.
+    #[arg(long, value_name = "ADDRESS")]
+    pub agent: String,
+    /// How much of its memory the guest takes, `8G` for instance.
+    #[arg(long, value_name = "SIZE")]
+    pub size: Bytes,
+    /// The name in the agent's certificate; by default the host's, if that is one without dots.
+    #[arg(long, value_name = "NAME")]
+    pub node: Option<String>,
+    /// Speak plain TCP with an agent that has no identity.
+    #[arg(long)]
+    pub insecure: bool,
 }
 
 /// `omega node drain`.

@@ -11,7 +11,8 @@ use serde::Serialize;
 use super::human::harmless;
 use super::runtime::{self, Folder};
 use super::{Failure, args, show};
-use crate::control::client::Client;
+use crate::control;
+use crate::control::client::{self, Client};
 use crate::control::protocol::Command;
 
 /// How long a guest may take to answer what it answers at once.
@@ -91,6 +92,7 @@ fn begin(folder: &Folder, node: &str, must: bool) -> Result<Option<Move>, Failur
         Ok(serde_json::Value::String(helper)) => helper,
         Ok(_) => return Err(failed(&"it answers in a way that this version does not understand")),
         Err(why) if must => return Err(failed(&why)),
+        Err(client::Error::Refused(why @ control::Error::NotNow(_))) => return Err(failed(&why)),
         // It has no memory there.
         Err(_) => return Ok(None),
     };

@@ -10,6 +10,7 @@ mod guests;
 mod human;
 pub mod join;
 mod log;
+mod memory;
 mod node;
 mod ping;
 mod run;
@@ -108,6 +109,7 @@ fn obey(command: Command) -> Result<(), Failure> {
         Command::Check(args) => check(&args),
         Command::Validate(args) => validate::validate(&args),
         Command::Ca(args::Ca::Init(args)) => ca::init(&args),
+        Command::Memory(args::Memory::Add(args)) => memory::add(&args),
         Command::Node(args) => node::obey(&args),
         Command::Join(args) => join::join(&args),
         Command::Schema => show(&schema()),

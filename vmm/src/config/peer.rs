@@ -48,6 +48,19 @@ impl Peer<'_> {
         }
     }
 
+    /// What is wrong with it, where it is no part of a file.
+    #[must_use]
+    pub fn mistake(&self) -> Option<String> {
+        match self.node {
+            _ if address_mistake(self.agent).is_some() => {
+                address_mistake(self.agent).map(|why| why.to_string())
+            }
+            Some(_) if self.insecure => Some("nobody proves a node's name over plain TCP".to_owned()),
+            Some(node) => node.parse::<NodeName>().err().map(|why| why.to_string()),
+            None => None,
+        }
+    }
+
     /// Whether the agent is on this PC, by its address: nothing between here and there can be listened to.
     #[must_use]
     pub fn is_on_this_pc(&self) -> bool {

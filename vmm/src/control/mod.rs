@@ -75,6 +75,14 @@ pub trait Controlled: Send + Sync {
     /// [`Error::Unsupported`] of a guest whose memory is all on this PC; [`Error::Failed`] without such a helper.
     fn drain_helper(&self, helper: &str) -> Result<String, Error>;
 
+    /// Takes memory of another helper while the guest runs: what lacks a copy gets one there, and what has to leave
+    /// another. Returns when it has given it.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] of a guest whose memory is all on this PC; [`Error::Failed`] if the helper lends none, with
+    /// one line that says why.
+    fn add_helper(&self, helper: &crate::config::Helper) -> Result<(), Error>;
+
     /// Asks the guest to give up `target` bytes of its RAM through the balloon. Returns at once.
     ///
     /// # Errors

@@ -53,6 +53,11 @@ pub enum Command {
         /// Its agent as it is configured, its host, or its node.
         helper: String,
     },
+    /// Takes memory of another helper; answers when it has given it.
+    MemoryAdd {
+        /// As `[[memory.helper]]` of a configuration has it.
+        helper: Box<crate::config::Helper>,
+    },
     /// Moves the balloon.
     Balloon {
         /// What the guest is asked to give up.
@@ -72,7 +77,10 @@ pub enum Command {
 impl Command {
     /// Whether it may wait for devices or the guest, and so must not hold up others.
     pub(super) fn may_wait(&self) -> bool {
-        matches!(self, Self::Pause | Self::Resume | Self::SaveState | Self::Balloon { .. })
+        matches!(
+            self,
+            Self::Pause | Self::Resume | Self::SaveState | Self::Balloon { .. } | Self::MemoryAdd { .. }
+        )
     }
 }
 

@@ -104,6 +104,7 @@ fn wait(machine: &dyn Controlled, command: &Command) -> Result<serde_json::Value
         Command::Resume => machine.resume().map(nothing),
         Command::SaveState => machine.save_state(),
         Command::Balloon { target } => machine.set_balloon(*target).map(nothing),
+        Command::MemoryAdd { helper } => machine.add_helper(helper).map(nothing),
         other => Err(Error::Invalid(format!("{other:?} does not wait"))),
     }
 }

@@ -94,6 +94,11 @@ impl Controlled for Machine {
         Ok(format!("{helper}:7420"))
     }
 
+    fn add_helper(&self, helper: &crate::config::Helper) -> Result<(), Error> {
+        self.note(format!("add {}", helper.agent));
+        Ok(())
+    }
+
     fn set_balloon(&self, target: Bytes) -> Result<(), Error> {
         self.note(format!("balloon {target}"));
         Ok(())

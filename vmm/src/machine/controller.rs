@@ -9,6 +9,7 @@ use serde::Serialize;
 use super::paging::Paging;
 use super::parts::{Parts, lock};
 use super::{Error, Exit};
+use crate::config;
 use crate::control::{
     self, Controlled, Counters, DeviceStatus, HelperStatus, MemoryStatus, Peers, State, Status, Waiting,
 };
@@ -169,8 +170,20 @@ impl Controlled for Controller {
         let paging = self.paging()?;
         let known = paging.named(helper, &self.parts.guest);
         let agent = known.ok_or_else(|| failed(format!("the guest has no memory on {helper}")))?;
+        let lacks = Bytes(paging.control.lacks_without(&agent));
+        if lacks > Bytes(0) {
+            return Err(control::Error::NotNow(format!(
+                "the other helpers lack {lacks} of room for the guest's memory without {agent}; add a helper with \
+                 `omega memory add {} --agent ADDRESS --size {lacks}`",
+                self.parts.guest.name
+            )));
+        }
         paging.control.drain(&agent).map_err(failed)?;
         Ok(agent)
+    }
+
+    fn add_helper(&self, helper: &config::Helper) -> Result<(), control::Error> {
+        self.paging()?.add(helper.clone()).map_err(control::Error::Failed)
     }
 
     fn set_balloon(&self, target: Bytes) -> Result<(), control::Error> {

@@ -12,7 +12,8 @@
 //!                                                                               Paused
 //! ```
 
-use std::sync::{Arc, TryLockError};
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Mutex, TryLockError};
 use std::time::{Duration, Instant};
 
 use devices::thread::{Role, spawn};
@@ -24,7 +25,9 @@ use crate::config;
 use crate::control::{State, Waiting};
 use crate::memory::Ram;
 use crate::memory::fault::{self, Engine, Pieces, Shards, handlers};
-use crate::memory::store::{Connected, Control, Health, Helper, OnLoss, Source, Stuck, Terms, connect};
+use crate::memory::store::{
+    Connected, Control, Health, Helper, OnLoss, Source, Standing, Stuck, Terms, connect,
+};
 
 /// A helper that answers again within this time only made the guest slow.
 const GRACE: Duration = Duration::from_secs(1);
@@ -39,7 +42,12 @@ pub(super) struct Paging {
     pub(super) engine: Engine,
     pub(super) control: Arc<Control>,
     pub(super) health: Arc<Health>,
+    /// To a thread that may open files and start threads, as nobody may who answers the control socket.
+    adding: Mutex<Sender<Adding>>,
 }
+
+/// A helper to take memory of, and who is told how that went.
+type Adding = (config::Helper, Sender<Result<(), String>>);
 
 /// Has the helpers of `guest` lend what it needs, and handles the faults of `ram` from now on; `None` for a guest whose
 /// memory is all here. Nobody may have touched `ram` yet.
@@ -65,7 +73,24 @@ pub(super) fn start(
     );
     let sources = stores.into_iter().map(|store| Box::new(store) as Box<dyn Source>).collect();
     let engine = Engine::start(ram, sources, fault::Options { local })?;
-    Ok(Some(Arc::new(Paging { engine, control, health })))
+    let adding = Mutex::new(adder(&control, identity.cloned())?);
+    Ok(Some(Arc::new(Paging { engine, control, health, adding })))
+}
+
+/// Starts the thread that meets helpers that join while the guest runs. It ends with the guest.
+fn adder(control: &Arc<Control>, identity: Option<Arc<Reloading>>) -> Result<Sender<Adding>, Error> {
+    let (send, asked) = channel::<Adding>();
+    let control = Arc::clone(control);
+    let body = move || {
+        for (config, tell) in asked {
+            let met = helper(&config, identity.as_ref());
+            let added = met.and_then(|helper| control.add(&helper).map_err(|error| error.to_string()));
+            // Whoever asked may have given up.
+            let _ = tell.send(added);
+        }
+    };
+    let thread = std::thread::Builder::new().name("memory-add".to_owned());
+    thread.spawn(body).map(|_| send).map_err(Error::Thread)
 }
 
 fn terms(guest: &config::Guest, shards: Shards) -> Terms {
@@ -105,6 +130,23 @@ fn helper(config: &config::Helper, identity: Option<&Arc<Reloading>>) -> Result<
 }
 
 impl Paging {
+    /// Takes memory of another helper. Returns when it has answered; or why it gives none.
+    pub(super) fn add(&self, helper: config::Helper) -> Result<(), String> {
+        if let Some(mistake) = config::Peer::from(&helper).mistake() {
+            return Err(mistake);
+        }
+        let known = self.health.report().helpers;
+        let left = |standing: &Standing| matches!(standing, Standing::Left { .. });
+        if known.iter().any(|known| known.name == helper.agent && !left(&known.standing)) {
+            return Err(format!("{} lends the guest memory already", helper.agent));
+        }
+        let (tell, told) = channel();
+        let ended = || "the guest is ending".to_owned();
+        let adding = lock(&self.adding).clone();
+        adding.send((helper, tell)).map_err(|_| ended())?;
+        told.recv().map_err(|_| ended())?
+    }
+
     /// The helper that something has been waiting for, for longer than it may take.
     fn missed(&self) -> Option<Stuck> {
         self.health.report().stuck.filter(|stuck| stuck.since.elapsed() >= GRACE)

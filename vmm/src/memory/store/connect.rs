@@ -23,6 +23,9 @@ use crate::memory::fault::{PAGE, Shards};
 /// How long the first answer may take: of an agent that is not there nothing is gained by waiting longer.
 const FIRST_ANSWER: Duration = Duration::from_secs(15);
 
+/// So many pages of a guest's helpers at most are no handler's.
+const ROUNDED: u64 = 64 * 4;
+
 /// Of so many helpers, each can have pages of every piece. With more, all of RAM must have room in whole pieces.
 pub const MOST_THAT_HELP: usize = 6;
 
@@ -86,6 +89,18 @@ impl Terms {
 
     fn need(&self, shard: u32) -> Need {
         room::need(&self.shards, shard, self.local / PAGE as u64)
+    }
+
+    /// How many bytes helpers with room for so many pages lack.
+    pub(super) fn missing(&self, rooms: &[u64]) -> u64 {
+        let pieces = self.shards.pieces();
+        let (all, copies) = (pieces.pages(), u64::from(self.copies()));
+        if rooms.iter().map(|room| (*room).min(all)).sum::<u64>() >= all * copies {
+            return 0;
+        }
+        // A few pages are lost to dividing the room among handlers.
+        let need = (least(all * PAGE as u64, self.local) / PAGE as u64).saturating_sub(ROUNDED);
+        room::missing(rooms, self.copies() as usize, need) * PAGE as u64
     }
 
     fn copies(&self) -> u32 {

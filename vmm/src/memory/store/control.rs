@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::connect::{self, ConnectError, Terms};
-use super::health::{Counters, Health};
+use super::health::{Counters, Health, HelperReport, Standing};
 use super::remote::{Helper, Remote};
 
 /// What a handler is told.
@@ -87,6 +87,24 @@ impl Control {
         tracing::info!(%helper, "The helper is being emptied");
         self.mailboxes.iter().for_each(|mailbox| mailbox.send(Command::Drain(place)));
         Ok(())
+    }
+
+    /// How many bytes those that are here lack to have room for everything without `helper`; nothing of one that is being
+    /// emptied already, or that there is not.
+    #[must_use]
+    pub fn lacks_without(&self, helper: &str) -> u64 {
+        let helpers = self.health.report().helpers;
+        let one = |other: &&HelperReport| other.name == helper && !other.draining;
+        if !helpers.iter().any(|other| one(&other)) {
+            return 0;
+        }
+        let stays = |other: &&HelperReport| {
+            // A local file has no connections.
+            let helps = other.name != helper && !other.connections.is_empty();
+            helps && !other.draining && other.standing == Standing::Here
+        };
+        let rooms: Vec<u64> = helpers.iter().filter(stays).map(|other| other.room).collect();
+        self.terms.missing(&rooms)
     }
 
     /// Takes another helper's memory, while the guest runs: what lacks a copy gets one there, and what must move.

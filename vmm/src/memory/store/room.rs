@@ -57,6 +57,24 @@ pub fn suffices(rooms: impl Iterator<Item = u64>, copies: usize, need: u64) -> b
     }
 }
 
+/// How much more room that takes, at the least.
+pub(super) fn missing(rooms: &[u64], copies: usize, need: u64) -> u64 {
+    if suffices(rooms.iter().copied(), copies, need) {
+        return 0;
+    }
+    let mut rooms = rooms.to_vec();
+    rooms.sort_unstable_by_key(|room| std::cmp::Reverse(*room));
+    let all = rooms.iter().fold(0_u64, |all, room| all.saturating_add(*room));
+    if copies <= 1 {
+        return need.saturating_sub(all);
+    }
+    let [largest, second] = [0, 1].map(|at| rooms.get(at).copied().unwrap_or(0));
+    let two = need.saturating_sub(largest) + need.saturating_sub(second);
+    // It goes to those that are smaller.
+    let rest = need.saturating_mul(2).saturating_sub(all - largest);
+    if rooms.len() > 2 { two.min(rest) } else { two }
+}
+
 /// What handler `shard` needs, if so many pages may be in this PC's memory for all handlers.
 pub(super) fn need(shards: &Shards, shard: u32, local: u64) -> Need {
     let pages = shards.pages(shard) as u64;
@@ -357,5 +375,10 @@ mod tests {
         assert!(enough(&[10, 10], 2) && enough(&[10, 100, 1], 2) && !enough(&[100, 9], 2));
         assert!(enough(&[9, 9, 11, 1], 2) == (30 - 11 >= 20) && enough(&[9, 9, 9, 2], 2));
         assert!(!enough(&[7, 7, 7], 2), "one may be empty while the others are full");
+        assert_eq!((missing(&[4, 5], 1, 10), missing(&[4, 6], 1, 10)), (1, 0));
+        assert_eq!(
+            (missing(&[100, 9], 2, 10), missing(&[7, 7, 7], 2, 10), missing(&[10], 2, 10)),
+            (1, 6, 10)
+        );
     }
 }
