@@ -99,8 +99,12 @@ impl Terms {
             return 0;
         }
         // A few pages are lost to dividing the room among handlers.
-        let need = (least(all * PAGE as u64, self.local) / PAGE as u64).saturating_sub(ROUNDED);
-        room::missing(rooms, self.copies() as usize, need) * PAGE as u64
+        let need = least(all * PAGE as u64, self.local) / PAGE as u64;
+        let copies = self.copies() as usize;
+        if suffices(rooms.iter().copied(), copies, need.saturating_sub(ROUNDED)) {
+            return 0;
+        }
+        room::missing(rooms, copies, need) * PAGE as u64
     }
 
     fn copies(&self) -> u32 {
