@@ -292,7 +292,7 @@ fn plan(sizes: &[u64], terms: &Terms) -> Result<Vec<Keepers>, ConnectError> {
     let need = least(pieces.pages() * page, terms.local).div_ceil(page);
     let too_small = || {
         let on = if copies == 2 { "two helpers each" } else { "the helpers" };
-        let have = sizes.iter().sum::<u64>() * page >> 20;
+        let have = (sizes.iter().sum::<u64>() * page) >> 20;
         ConnectError::TooSmall { need: (need * page).div_ceil(1 << 20), on, have }
     };
     let each = u64::from(pieces.each());
@@ -305,7 +305,7 @@ fn plan(sizes: &[u64], terms: &Terms) -> Result<Vec<Keepers>, ConnectError> {
         return Err(too_small());
     }
     let shares =
-        if all { whole } else { sizes.iter().map(|pages| (pages / 64).max(1).min(1 << 31) as u32).collect() };
+        if all { whole } else { sizes.iter().map(|pages| (pages / 64).clamp(1, 1 << 31) as u32).collect() };
     placement::deal_by_handler(pieces.count(), terms.shards.count(), &shares, copies).ok_or_else(too_small)
 }
 

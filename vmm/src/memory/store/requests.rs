@@ -295,9 +295,10 @@ impl Core {
         let bad = at.filter(|at| pages.contains(at)).map_or(pages, |at| at..at + 1);
         if !self.is_current(op) {
             // It was forgotten meanwhile, and may have been stored again since.
-            return if self.ops[op].flights.is_empty() {
-                self.end_copy(op)
-            };
+            if self.ops[op].flights.is_empty() {
+                self.end_copy(op);
+            }
+            return;
         }
         if let Some(copy) = self.pieces[piece].find(place) {
             let less = self.pieces[piece].set_bad(bad, copy.slot);
