@@ -47,7 +47,7 @@ pub(super) fn a_helper_with_no_memory_to_spare() -> Result<()> {
     let scene = Scene::new("memory-pressure", None)?;
     scene.lend(&[], "256M")?;
     let agent = scene.agent();
-    let guest = mini("pattern", "40,2,1000000", "none").memory_helper(&agent, "helper", "192M");
+    let guest = mini("pattern", "24,2,1000000", "none").memory_helper(&agent, "helper", "192M");
     let guest = guest.start(&scene.console)?;
     guest.expect("omega-pattern: round 1 ")?;
 
@@ -67,7 +67,7 @@ pub(super) fn a_helper_with_no_memory_to_spare() -> Result<()> {
     ensure!(restarts.trim() == "0", "the agent was ended {restarts} times");
     let lent = lent(&scene.helper)?;
     let used = lent.used;
-    ensure!(used > 24 << 20 && used <= lent.leased && lent.leased <= 192 << 20, "{used} of {}", lent.leased);
+    ensure!(used > 12 << 20 && used <= lent.leased && lent.leased <= 192 << 20, "{used} of {}", lent.leased);
 
     scene.console.run("omega stop --force mini")?.ok()?;
     ensure!(guest.wait()?.code == 13 && !guest.console().contains("WRONG"), "{}", guest.console());
@@ -89,11 +89,11 @@ pub(super) fn what_a_dead_console_had_leased() -> Result<()> {
     configure(&scene.helper, &agent, &[], memory)?;
     let before = shared_kib(&scene.helper)?;
     let guest = |pattern: &str| mini("pattern", pattern, "none").memory_helper(&agent, "helper", "192M");
-    let running = guest("40,2,1000000").start(&scene.console)?;
+    let running = guest("24,2,1000000").start(&scene.console)?;
     running.expect("omega-pattern: round 1 ")?;
     let full = stored(&scene.helper)?;
-    ensure!(full > 32 << 20, "too little is on the helper: {full} bytes");
-    ensure!(shared_kib(&scene.helper)? > before + (32 << 10), "what is stored is nowhere");
+    ensure!(full > 12 << 20, "too little is on the helper: {full} bytes");
+    ensure!(shared_kib(&scene.helper)? > before + (12 << 10), "what is stored is nowhere");
 
     // It cannot give anything back any more.
     scene.console.kill();
