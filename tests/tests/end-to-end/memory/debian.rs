@@ -24,7 +24,7 @@ pub(super) fn debian_compiles_while_a_helper_dies() -> Result<()> {
     let compile = |program: &str| format!("gcc -O2 -pthread -o /tmp/{program} /usr/src/omega-pattern.c");
     guest.shell(&compile("before"))?;
 
-    guest.shell(": >/tmp/said; /tmp/before 40 2 1000000 >>/tmp/said 2>&1 & echo $! >/tmp/pid")?;
+    guest.shell(": >/tmp/said; /tmp/before 56 2 1000000 >>/tmp/said 2>&1 & echo $! >/tmp/pid")?;
     // The checker says nothing but its rounds, unless something is wrong.
     let go_on = |more: usize| {
         let wait = format!(
