@@ -129,11 +129,12 @@ fn a_console_that_is_revoked_is_cut() -> Result<()> {
     ensure!(journal()?.contains("certificate was revoked"), "{}", journal()?);
     // The guest waits: it sees no error, and what it writes does not get there.
     guest.signal(libc::SIGTERM)?;
-    let said = probe(&laptop, &scene, &format!("as /etc/omega/identity {lease}"))?;
-    nothing("revoked", &said, KINDS)?;
-    // A reset by the agent's kernel may overtake the reason, on a slow PC.
-    let told = said.iter().filter(|line| line.contains("revoked")).count();
-    ensure!(told * 4 >= said.len() * 3, "the reason is not told: {said:#?}");
+    // A reset by the agent's kernel may overtake a reason, on a slow PC. What was answered would fail at once.
+    wait_until("every refusal tells the reason", PATIENCE, || {
+        let said = probe(&laptop, &scene, &format!("as /etc/omega/identity {lease}"))?;
+        nothing("revoked", &said, KINDS)?;
+        Ok(said.iter().all(|line| line.contains("revoked")))
+    })?;
 
     // Its lease expires as any other, and then the volume is somebody else's.
     let next = Guest::mini("next", "write").remote_disk(&scene.agent(), "v", "").run(&scene.console)?;
