@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use super::{Line, sys};
-use crate::memory::fault::userfault::{Access, agree, feature, open};
+use crate::memory::frames::userfault::{Access, agree, feature, open};
 
 /// What is lost without any of it.
 const WHY: &str =
@@ -132,7 +132,7 @@ mod tests {
     #[test]
     fn what_is_asked_of_userfaultfd_is_what_is_looked_for() {
         let looked_for = FEATURES.iter().fold(0, |all, (bit, ..)| all | bit);
-        assert_eq!(looked_for, crate::memory::fault::userfault::NEEDED | feature::THREAD);
+        assert_eq!(looked_for, crate::memory::frames::userfault::NEEDED | feature::THREAD);
     }
 
     #[test]

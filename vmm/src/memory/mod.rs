@@ -3,6 +3,7 @@
 
 pub mod coherence;
 pub mod fault;
+pub(crate) mod frames;
 mod layout;
 mod mapping;
 mod ram;

@@ -1,25 +1,18 @@
 //! All handlers of a guest, as everybody else sees them.
-#![allow(unsafe_code)] // The guest's mapping is registered with userfaultfd.
 
 use std::io;
-use std::os::unix::fs::MetadataExt as _;
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::mpsc::{Sender, channel, sync_channel};
+use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::{Builder, JoinHandle};
+use std::thread::JoinHandle;
 
-use devices::thread::{Role, confine};
 use vm_memory::GuestAddress;
 
 use super::counters::{Counters, Tally};
-use super::frames::Frames;
-use super::geometry::LEAST;
 use super::handler::{Handler, Post};
 use super::mailbox::{Mailbox, Message};
-use super::map::Map;
-use super::userfault::Userfault;
-use super::{PAGE, Page, Pieces, Shards};
+use super::{PAGE, Page, Shards};
 use crate::memory::Ram;
+use crate::memory::frames::{Frames, LEAST, Map, Unwatched, Whole, worker};
 use crate::memory::store::Source;
 use crate::units::Bytes;
 
@@ -88,13 +81,8 @@ impl Engine {
     /// # Errors
     /// See [`Error`].
     pub fn start(ram: &Ram, sources: Vec<Box<dyn Source>>, options: Options) -> Result<Self, Error> {
-        let file = ram.file().ok_or(Error::Unfit)?;
-        let map = Map::new(ram.memory()).ok_or(Error::Unfit)?;
-        let metadata = file.metadata().map_err(Error::Start)?;
-        if metadata.blocks() > 0 {
-            return Err(Error::Unfit);
-        }
-        let pieces = Pieces::new(Bytes(metadata.len()));
+        let whole = Whole::new(ram).map_err(Error::Start)?.ok_or(Error::Unfit)?;
+        let pieces = whole.pieces;
         let handlers = sources.len();
         let count = u32::try_from(handlers).ok().filter(|count| (1..=pieces.count()).contains(count));
         let shards = Shards::new(pieces, count.ok_or(Error::Handlers { pieces: pieces.count(), handlers })?);
@@ -103,33 +91,21 @@ impl Engine {
         if local < least {
             return Err(Error::TooLittle { local: options.local, least: Bytes(least * PAGE as u64) });
         }
-        let mut engine = Self { map, shards, desks: Vec::new() };
+        let mut engine = Self { map: whole.map.clone(), shards, desks: Vec::new() };
         for (shard, source) in (0..).zip(sources) {
             let limit = shards.limit(shard, local);
-            let userfault = engine.register(shard).map_err(Error::Userfault)?;
-            let memory = file.try_clone().map_err(Error::Start)?;
+            let frames = Frames::new(&whole, &shards, shard).map_err(|why| match why {
+                Unwatched::Userfault(why) => Error::Userfault(why),
+                Unwatched::Start(why) => Error::Start(why),
+            })?;
             let mailbox = Arc::new(Mailbox::new().map_err(Error::Start)?);
             let tally = Arc::new(Tally::default());
             let desk = Desk { mailbox: mailbox.clone(), tally: tally.clone(), thread: Mutex::new(None) };
-            let frames = Frames::new(userfault, engine.map.clone(), memory).map_err(Error::Start)?;
             let post = Post { shard, shards, frames, source, mailbox, tally, limit };
             *lock(&desk.thread) = Some(run(post).map_err(Error::Start)?);
             engine.desks.push(desk);
         }
         Ok(engine)
-    }
-
-    fn register(&self, shard: u32) -> io::Result<Userfault> {
-        let userfault = Userfault::new()?;
-        for piece in self.shards.of(shard) {
-            let pages = self.shards.pieces().range(piece);
-            for (address, len) in self.map.stretches(Page(pages.start), pages.end - pages.start) {
-                // SAFETY: these are regions of guest RAM, which are never unmapped and are a memfd: `Map` took no
-                // others. Guest RAM may change at any time, and whoever touches it is told that it may wait.
-                unsafe { userfault.register(address, len) }?;
-            }
-        }
-        Ok(userfault)
     }
 
     /// How the guest's RAM is divided.
@@ -219,32 +195,9 @@ impl Desk {
     }
 }
 
-/// Starts a handler's thread; returns when it is confined and ready for faults.
 fn run(post: Post) -> io::Result<JoinHandle<()>> {
-    let (tell, told) = sync_channel(1);
     let name = format!("memory{}", post.shard);
-    let thread = Builder::new().name(name).spawn(move || {
-        let worked = catch_unwind(AssertUnwindSafe(|| {
-            // A ring opens files when it is made, so this thread confines itself afterwards.
-            let made = Handler::new(post).and_then(|handler| confine(Role::Memory).map(|()| handler));
-            let (handler, made) = match made {
-                Ok(handler) => (Some(handler), Ok(())),
-                Err(why) => (None, Err(why)),
-            };
-            let _ = tell.send(made); // the starter waits below
-            handler.map_or(Ok(()), |mut handler| handler.run())
-        }));
-        let why = match worked {
-            Ok(Ok(())) => return,
-            Ok(Err(why)) => why.to_string(),
-            // The panic has said on stderr what happened and where.
-            Err(_) => "it panicked".into(),
-        };
-        eprintln!("The handler of the guest's memory failed: {why}; the guest ends here.");
-        std::process::abort();
-    })?;
-    told.recv().unwrap_or_else(|_| Err(io::Error::other("it ended before it began")))?;
-    Ok(thread)
+    worker::start(name, move || Handler::new(post), |mut handler| handler.run())
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {

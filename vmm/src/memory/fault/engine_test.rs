@@ -1,7 +1,9 @@
 //! Handlers on this kernel's userfaultfd, over a source in memory.
+#![allow(unsafe_code)] // Buffers over guest memory.
 
 use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
 use std::net::{TcpListener, TcpStream};
+use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::{Command, Output};
 use std::thread;

@@ -15,13 +15,13 @@ use transport::ring::{Ring, Source as RingSource};
 
 use super::ageing::{Ageing, Arrival};
 use super::counters::Tally;
-use super::frames::Frames;
 use super::ledger::{Ledger, Runs};
 use super::mailbox::{Mailbox, Message};
 use super::pages::{Action, Event, Order, Place, Step};
 use super::streams::Streams;
-use super::userfault::Fault;
 use super::{PAGE, Page, Shards};
+use crate::memory::frames::Fault;
+use crate::memory::frames::Frames;
 use crate::memory::store::{Done, Source, Urgency};
 
 /// What a handler is given.

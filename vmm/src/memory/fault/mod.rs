@@ -5,19 +5,15 @@ pub mod ageing;
 mod counters;
 mod engine;
 mod evict;
-mod frames;
-mod geometry;
 mod handler;
 mod ledger;
 mod mailbox;
-mod map;
 mod pages;
 pub mod streams;
-pub(crate) mod userfault;
 
+pub use super::frames::{PAGE, Page, Piece, Pieces, Shards};
 pub use counters::Counters;
 pub use engine::{Engine, Error, Options};
-pub use geometry::{PAGE, Page, Piece, Pieces, Shards};
 
 /// How many handlers a guest of so many vCPUs gets: no more than can fault at once, and than leave a CPU of this PC for
 /// each to the vCPUs. Where CPUs are few, one handler answers several vCPUs faster than several fight for a CPU with

@@ -21,13 +21,13 @@ struct Span {
 
 /// The regions of a guest's RAM.
 #[derive(Clone, Debug)]
-pub(super) struct Map {
+pub(in crate::memory) struct Map {
     spans: Vec<Span>,
 }
 
 impl Map {
     /// `None` if `memory` is not all of a file.
-    pub(super) fn new(memory: &GuestMemory) -> Option<Self> {
+    pub(in crate::memory) fn new(memory: &GuestMemory) -> Option<Self> {
         let span = |region: &vm_memory::GuestRegionMmap| {
             let host = region.get_host_address(MemoryRegionAddress(0)).ok()?.addr();
             let first = Page::at(region.file_offset()?.start()).0;
@@ -37,7 +37,7 @@ impl Map {
     }
 
     /// The page at an address of this process.
-    pub(super) fn page(&self, address: usize) -> Option<Page> {
+    pub(in crate::memory) fn page(&self, address: usize) -> Option<Page> {
         self.spans.iter().find_map(|span| {
             let inside = (address.checked_sub(span.host)? / PAGE) as u64;
             (inside < span.pages).then(|| Page(span.first + inside))
@@ -45,7 +45,7 @@ impl Map {
     }
 
     /// Where `page` is in this process, and how many of the `count` pages from there on follow it.
-    pub(super) fn host(&self, page: Page, count: u64) -> Option<(usize, u64)> {
+    pub(in crate::memory) fn host(&self, page: Page, count: u64) -> Option<(usize, u64)> {
         self.spans.iter().find_map(|span| {
             let inside = page.0.checked_sub(span.first)?;
             (inside < span.pages)
@@ -54,7 +54,11 @@ impl Map {
     }
 
     /// The stretches of this process's memory that `count` pages from `page` on are.
-    pub(super) fn stretches(&self, page: Page, count: u64) -> impl Iterator<Item = (usize, usize)> + '_ {
+    pub(in crate::memory) fn stretches(
+        &self,
+        page: Page,
+        count: u64,
+    ) -> impl Iterator<Item = (usize, usize)> + '_ {
         let mut rest = (page, count);
         std::iter::from_fn(move || {
             let (page, count) = rest;
@@ -65,7 +69,7 @@ impl Map {
     }
 
     /// The whole pages in `len` bytes of the guest's address space from `start` on.
-    pub(super) fn guest(&self, start: GuestAddress, len: u64) -> Vec<Range<u64>> {
+    pub(in crate::memory) fn guest(&self, start: GuestAddress, len: u64) -> Vec<Range<u64>> {
         let end = start.0.saturating_add(len);
         let page = PAGE as u64;
         let inside = |span: &Span| {

@@ -1,23 +1,64 @@
-//! The memory behind a handler's pages: installed, protected, read and given back by the kernel.
+//! Guest RAM as the engines see it that answer its page faults: cut into pages, pieces and shards, found by address,
+//! installed, protected, read and given back by the kernel.
 #![allow(unsafe_code)] // Pages are installed from raw memory.
+
+mod geometry;
+mod map;
+pub(crate) mod userfault;
+pub(in crate::memory) mod worker;
 
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::fs::FileExt as _;
+use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 
 use nix::fcntl::{FallocateFlags, fallocate};
 use transport::buffer::Buffer;
 
-use super::map::Map;
-use super::userfault::{Fault, Userfault};
-use super::{PAGE, Page};
+pub use geometry::{PAGE, Page, Piece, Pieces, Shards};
+
+pub(in crate::memory) use geometry::LEAST;
+pub(in crate::memory) use map::Map;
+pub(in crate::memory) use userfault::Fault;
+
+use super::Ram;
+use crate::units::Bytes;
+use userfault::Userfault;
 
 /// Zeros to copy from: enough for a run.
 static ZEROS: [u8; 16 * PAGE] = [0; 16 * PAGE];
 
-/// See the [module](self). Pages are one shard's, runs of them within a piece.
-pub(super) struct Frames {
+/// All of a guest's RAM, before anybody has touched it.
+pub(in crate::memory) struct Whole {
+    file: File,
+    pub(in crate::memory) map: Map,
+    pub(in crate::memory) pieces: Pieces,
+}
+
+impl Whole {
+    /// `None` if it is private, or somebody has touched it.
+    ///
+    /// # Errors
+    /// The kernel says nothing of its file.
+    pub(in crate::memory) fn new(ram: &Ram) -> io::Result<Option<Self>> {
+        let (Some(file), Some(map)) = (ram.file(), Map::new(ram.memory())) else { return Ok(None) };
+        let metadata = file.metadata()?;
+        let pieces = Pieces::new(Bytes(metadata.len()));
+        Ok(if metadata.blocks() > 0 { None } else { Some(Self { file: file.try_clone()?, map, pieces }) })
+    }
+}
+
+/// Why faults cannot be seen.
+#[derive(Debug)]
+pub(in crate::memory) enum Unwatched {
+    /// No userfaultfd that sees the guest's faults.
+    Userfault(io::Error),
+    /// Something else is short.
+    Start(io::Error),
+}
+
+/// The memory behind the pages of a shard. Pages are one shard's, runs of them within a piece.
+pub(in crate::memory) struct Frames {
     userfault: Userfault,
     map: Map,
     /// The file of guest RAM.
@@ -27,23 +68,37 @@ pub(super) struct Frames {
 }
 
 impl Frames {
-    /// `memory` is the file of guest RAM. To be called before this process is confined.
-    pub(super) fn new(userfault: Userfault, map: Map, memory: File) -> io::Result<Self> {
-        Ok(Self { userfault, map, memory, mapped: File::open("/proc/self/pagemap")? })
+    /// From now on the faults of `shard` are seen here alone. To be called before this process is confined.
+    ///
+    /// # Errors
+    /// There is no userfaultfd that sees the guest's faults ([`Unwatched::Userfault`]), or too few descriptors.
+    pub(in crate::memory) fn new(whole: &Whole, shards: &Shards, shard: u32) -> Result<Self, Unwatched> {
+        let userfault = Userfault::new().map_err(Unwatched::Userfault)?;
+        for piece in shards.of(shard) {
+            let pages = shards.pieces().range(piece);
+            for (address, len) in whole.map.stretches(Page(pages.start), pages.end - pages.start) {
+                // SAFETY: these are regions of guest RAM, which are never unmapped and are a memfd: `Map` took no
+                // others. Guest RAM may change at any time, and whoever touches it is told that it may wait.
+                unsafe { userfault.register(address, len) }.map_err(Unwatched::Userfault)?;
+            }
+        }
+        let memory = whole.file.try_clone().map_err(Unwatched::Start)?;
+        let mapped = File::open("/proc/self/pagemap").map_err(Unwatched::Start)?;
+        Ok(Self { userfault, map: whole.map.clone(), memory, mapped })
     }
 
     /// As [`Userfault::read`].
-    pub(super) fn faults(&self, faults: &mut Vec<Fault>) -> io::Result<bool> {
+    pub(in crate::memory) fn faults(&self, faults: &mut Vec<Fault>) -> io::Result<bool> {
         self.userfault.read(faults)
     }
 
     /// The page at an address of this process.
-    pub(super) fn page(&self, address: usize) -> Option<Page> {
+    pub(in crate::memory) fn page(&self, address: usize) -> Option<Page> {
         self.map.page(address)
     }
 
     /// Installs zeros.
-    pub(super) fn zero(&self, first: Page, count: u64, protected: bool) -> io::Result<()> {
+    pub(in crate::memory) fn zero(&self, first: Page, count: u64, protected: bool) -> io::Result<()> {
         self.each(first, count, |address, len| {
             if !protected {
                 return self.userfault.zero(address, len);
@@ -59,7 +114,7 @@ impl Frames {
     }
 
     /// Installs `content`, as many bytes as the pages have.
-    pub(super) fn install(
+    pub(in crate::memory) fn install(
         &self,
         first: Page,
         count: u64,
@@ -81,22 +136,22 @@ impl Frames {
     }
 
     /// Has whoever waits for one of the pages try again.
-    pub(super) fn wake(&self, first: Page, count: u64) -> io::Result<()> {
+    pub(in crate::memory) fn wake(&self, first: Page, count: u64) -> io::Result<()> {
         self.each(first, count, |address, len| self.userfault.wake(address, len))
     }
 
     /// When this returns, nobody can write to the pages without an event.
-    pub(super) fn protect(&self, first: Page, count: u64) -> io::Result<()> {
+    pub(in crate::memory) fn protect(&self, first: Page, count: u64) -> io::Result<()> {
         self.each(first, count, |address, len| self.userfault.protect(address, len))
     }
 
     /// Lets everybody write to the pages, and wakes who waits for that.
-    pub(super) fn unprotect(&self, first: Page, count: u64) -> io::Result<()> {
+    pub(in crate::memory) fn unprotect(&self, first: Page, count: u64) -> io::Result<()> {
         self.each(first, count, |address, len| self.userfault.unprotect(address, len))
     }
 
     /// What is in the pages, which must be in memory: reading one that is not would give zeros.
-    pub(super) fn read(&self, first: Page, count: u64) -> io::Result<Vec<u8>> {
+    pub(in crate::memory) fn read(&self, first: Page, count: u64) -> io::Result<Vec<u8>> {
         let mut content = vec![0; count as usize * PAGE];
         self.memory.read_exact_at(&mut content, first.offset())?;
         Ok(content)
@@ -104,7 +159,7 @@ impl Frames {
 
     /// Which of at most 64 pages were touched since they were last looked at: bit 0 is the first. They are mapped
     /// when they are touched, and unmapped here; their content and protection stay.
-    pub(super) fn look(&self, first: Page, count: usize) -> u64 {
+    pub(in crate::memory) fn look(&self, first: Page, count: usize) -> u64 {
         let mut bits = 0;
         let mut done = 0;
         for (address, len) in self.map.stretches(first, count.min(64) as u64) {
@@ -134,7 +189,7 @@ impl Frames {
     }
 
     /// Takes the pages out of memory, in every mapping.
-    pub(super) fn punch(&self, first: Page, count: u64) -> io::Result<()> {
+    pub(in crate::memory) fn punch(&self, first: Page, count: u64) -> io::Result<()> {
         let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
         let len = count * PAGE as u64;
         loop {

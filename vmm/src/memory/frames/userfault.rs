@@ -169,13 +169,13 @@ pub(crate) fn agree(descriptor: &OwnedFd, features: u64) -> io::Result<u64> {
 }
 
 /// The faults of some mappings of guest RAM.
-pub(super) struct Userfault {
+pub(in crate::memory) struct Userfault {
     descriptor: OwnedFd,
 }
 
 impl Userfault {
     /// A descriptor that sees every fault, with all that is [`NEEDED`].
-    pub(super) fn new() -> io::Result<Self> {
+    pub(in crate::memory) fn new() -> io::Result<Self> {
         let (descriptor, access) = open()?;
         if access == Access::UserOnly {
             return Err(io::ErrorKind::PermissionDenied.into());
@@ -190,14 +190,14 @@ impl Userfault {
     /// # Safety
     /// The range is a mapping of a memfd that stays until the process ends and holds nothing but guest RAM, which
     /// may be zeros where a page is missing; whoever touches it may wait for ever.
-    pub(super) unsafe fn register(&self, address: usize, len: usize) -> io::Result<()> {
+    pub(in crate::memory) unsafe fn register(&self, address: usize, len: usize) -> io::Result<()> {
         let mode = REGISTER_MISSING | REGISTER_PROTECTED;
         let mut register = Register { range: range(address, len), mode, ioctls: 0 };
         self.ask(UFFDIO_REGISTER, &mut register)
     }
 
     /// Reads the faults that are there, at most a handful, into `faults`; `true` if there may be more.
-    pub(super) fn read(&self, faults: &mut Vec<Fault>) -> io::Result<bool> {
+    pub(in crate::memory) fn read(&self, faults: &mut Vec<Fault>) -> io::Result<bool> {
         let mut messages = [Message::default(); AT_ONCE];
         let (to, len) = (messages.as_mut_ptr().cast(), size_of_val(&messages));
         // SAFETY: the kernel writes whole messages into `messages`, whose every bit pattern is valid.
@@ -227,7 +227,7 @@ impl Userfault {
     ///
     /// # Safety
     /// `from` is readable for `len` bytes.
-    pub(super) unsafe fn copy(
+    pub(in crate::memory) unsafe fn copy(
         &self,
         address: usize,
         from: *const u8,
@@ -249,7 +249,7 @@ impl Userfault {
     ///
     /// # Errors
     /// As [`copy`](Self::copy).
-    pub(super) fn zero(&self, address: usize, len: usize) -> io::Result<()> {
+    pub(in crate::memory) fn zero(&self, address: usize, len: usize) -> io::Result<()> {
         let mut done = 0;
         while done < len {
             let mut zero = ZeroPage { range: range(address + done, len - done), mode: 0, zeroed: 0 };
@@ -260,12 +260,12 @@ impl Userfault {
     }
 
     /// When this returns, nobody can write to the range any more without an event, through this mapping.
-    pub(super) fn protect(&self, address: usize, len: usize) -> io::Result<()> {
+    pub(in crate::memory) fn protect(&self, address: usize, len: usize) -> io::Result<()> {
         self.write_protect(address, len, PROTECT)
     }
 
     /// Lets everybody write to the range again, and wakes who waits for that.
-    pub(super) fn unprotect(&self, address: usize, len: usize) -> io::Result<()> {
+    pub(in crate::memory) fn unprotect(&self, address: usize, len: usize) -> io::Result<()> {
         self.write_protect(address, len, 0)
     }
 
@@ -280,7 +280,7 @@ impl Userfault {
     }
 
     /// Has everybody who waits for a page of the range try again.
-    pub(super) fn wake(&self, address: usize, len: usize) -> io::Result<()> {
+    pub(in crate::memory) fn wake(&self, address: usize, len: usize) -> io::Result<()> {
         self.ask(UFFDIO_WAKE, &mut range(address, len))
     }
 

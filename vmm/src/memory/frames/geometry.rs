@@ -16,7 +16,7 @@ pub const PAGE: usize = 4096;
 const PIECE: u32 = 4096;
 
 /// The least that a handler needs of this PC's memory, in pages, to have a page free for the next fault.
-pub(super) const LEAST: u64 = 32;
+pub(in crate::memory) const LEAST: u64 = 32;
 
 /// Each piece is a mapping of its own to the kernel, of which a process has at most 65,530.
 const MOST_PIECES: u64 = 2048;
