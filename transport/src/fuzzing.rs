@@ -8,6 +8,7 @@ use crate::channel::Call;
 use crate::core::answerer::Answerer;
 use crate::core::asker::{Asker, Identity};
 use crate::core::stream::{Decoder, Outqueue};
+use crate::line;
 use crate::server::{Event, Limits, Sessions};
 use crate::sessions::Claimant;
 use crate::wire::{Body, Class, HEADER, Header, Hello, PREFACE, Preface, Status, VERSION, rdma};
@@ -115,6 +116,18 @@ pub fn fuzz_rdma(data: &[u8]) {
     assert_eq!((len, &again[..]), (Some(data.len()), data));
 }
 
+/// What the other end of a line sends: bodies, and numbers in any order.
+pub fn fuzz_line(data: &[u8]) {
+    if let Ok((header, message)) = line::protocol::Header::decode(data) {
+        assert_eq!(header.encode(message).as_slice(), data);
+    }
+    if let Ok(held) = line::protocol::welcomed(data) {
+        assert_eq!(line::protocol::welcome(held).as_slice(), data);
+    }
+    let _ = line::protocol::reason_of(line::protocol::status::ENDED, data);
+    line::exercise(data);
+}
+
 /// A well-formed conversation of each side, to start from.
 #[must_use]
 pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
@@ -205,6 +218,10 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
     let mut message = vec![0; rdma::SLOT];
     let len = rdma::encode_frame(&mut message, 3, &head, &[], &[segment(4096)], &[segment(8192)]);
     message.truncate(len.unwrap_or(0));
+    // Two come, the second first; three are sent, shown, confirmed in part, and shown again.
+    let step = |what: u8, number: u64| [&[what][..], &number.to_le_bytes()].concat();
+    let steps = [(0, 2), (0, 1), (1, 0), (1, 0), (1, 0), (2, 0), (2, 0), (3, 1), (4, 0), (2, 0), (3, 2)];
+    let steps = steps.map(|(what, number)| step(what, number));
     vec![
         ("requests", requests),
         ("replies", replies),
@@ -213,6 +230,10 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
         ("tls_records", records),
         ("rdma", place.encode().to_vec()),
         ("rdma", message),
+        ("line", line::protocol::Header { number: 1, acked: 2 }.encode(b"message").to_vec()),
+        ("line", line::protocol::welcome(32).to_vec()),
+        ("line", line::protocol::reason("the node is being drained").to_vec()),
+        ("line", steps.concat()),
     ]
 }
 
@@ -228,6 +249,7 @@ mod tests {
             "replies" => fuzz_replies,
             "tls_records" => fuzz_tls_records,
             "rdma" => fuzz_rdma,
+            "line" => fuzz_line,
             _ => fuzz_wire,
         }
     }
@@ -243,7 +265,7 @@ mod tests {
     fn no_random_mutation_of_the_corpus_does_harm() {
         let mut dice = Dice(0x1234_5678_9ABC_DEF1);
         let mut ran = 0;
-        for name in ["requests", "replies", "wire", "rdma", "tls_records"] {
+        for name in ["requests", "replies", "wire", "rdma", "tls_records", "line"] {
             let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fuzz/corpus").join(name);
             let files = std::fs::read_dir(&folder).expect("the corpus is there");
             let mut corpus: Vec<Vec<u8>> =

@@ -18,6 +18,7 @@ mod dice;
 #[doc(hidden)]
 pub mod fuzzing;
 pub mod identity;
+pub mod line;
 mod link;
 pub mod metrics;
 pub mod pool;
