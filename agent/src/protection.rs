@@ -1,7 +1,7 @@
 //! What keeps strangers from this PC: its identity, or the word that there is none.
 
 use std::fs;
-use std::io;
+use std::io::{self, Write};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -195,8 +195,13 @@ pub(crate) fn remember(config: &Config, security: &Security) -> io::Result<()> {
     if fs::read_to_string(&mark).is_ok_and(|text| text.trim() == name) {
         return Ok(());
     }
-    fs::create_dir_all(config.state_folder())?;
-    fs::write(mark, name + "\n")
+    let folder = config.state_folder();
+    fs::create_dir_all(&folder)?;
+    let mut file = fs::File::create(mark)?;
+    file.write_all((name + "\n").as_bytes())?;
+    // It has to outlive a power cut as the identity does.
+    file.sync_all()?;
+    fs::File::open(folder)?.sync_all()
 }
 
 /// A line about a certificate that ends soon.

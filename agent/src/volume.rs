@@ -1,8 +1,9 @@
 //! The volumes that an agent serves, and the grants under which sessions use them.
 
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -232,19 +233,38 @@ pub fn open(volume: &config::Volume) -> Result<Image, OpenError> {
     Image::open(&Options { path, read_only, direct: volume.direct.into() })
 }
 
-/// Makes a sparse file, whole or not at all.
+/// Makes a sparse file, whole or not at all, so that what a guest has flushed into it is found after a power cut.
 fn create(volume: &config::Volume, size: u64) -> io::Result<()> {
     let made = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&volume.path);
     match made {
         Ok(file) => {
-            let sized = file.set_len(size).and_then(|()| file.sync_all());
-            sized.inspect_err(|_| {
+            let kept = || {
+                file.set_len(size)?;
+                file.sync_all()?;
+                let folder = volume.path.parent().filter(|folder| !folder.as_os_str().is_empty());
+                // A folder may take files from us and not show what is in it.
+                match File::open(folder.unwrap_or(Path::new("."))) {
+                    Ok(folder) => folder.sync_all(),
+                    Err(_) => Ok(()),
+                }
+            };
+            kept().inspect_err(|_| {
                 std::fs::remove_file(&volume.path).ok();
             })
+        }
+        // The power failed while it was made: it has its name and no size yet.
+        Err(e) if e.kind() == io::ErrorKind::AlreadyExists && is_unfinished(&volume.path) => {
+            let file = OpenOptions::new().write(true).open(&volume.path)?;
+            file.set_len(size)?;
+            file.sync_all()
         }
         Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(()),
         Err(e) => Err(e),
     }
+}
+
+fn is_unfinished(path: &Path) -> bool {
+    std::fs::metadata(path).is_ok_and(|about| about.is_file() && about.len() == 0)
 }
 
 #[cfg(test)]
@@ -324,5 +344,14 @@ mod tests {
         drop(open(&config).expect("it is made"));
         std::fs::write(&path, [7; 1024]).expect("it writes");
         assert_eq!(open(&config).expect("it is there").geometry().size, 1024);
+    }
+
+    #[test]
+    fn a_volume_that_a_power_cut_left_without_a_size_is_made() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let config = configured(folder.path().join("a.img"));
+        std::fs::write(&config.path, []).expect("it writes");
+        let made = open(&config).expect("it is made").geometry().size;
+        assert_eq!(Some(made), config.create.map(|size| size.0));
     }
 }

@@ -55,7 +55,8 @@ impl Scene {
         install_omega(&console)?;
         install_image(&console, &mini, "mini")?;
         install_agent(&helper)?;
-        console.run("omega ca init --name lab")?.ok()?;
+        // A power cut would lose what was just installed.
+        console.run("sync; omega ca init --name lab")?.ok()?;
         join(&console, &helper, "helper", Role::Agent)?;
         for (i, pc) in lenders.iter().enumerate() {
             install_agent(pc)?;

@@ -45,6 +45,28 @@ pub(super) fn leave_out_zeros(elf: &mut File) -> io::Result<()> {
     elf.write_all(header.as_slice())
 }
 
+/// Whether `elf` is an ELF-64 file that has all that its headers name. The headers that [`leave_out_zeros`] wrote
+/// are the file's end: of such a file nothing can be missing.
+///
+/// # Errors
+/// The file cannot be read.
+pub(super) fn is_whole(elf: &mut File) -> io::Result<bool> {
+    let length = elf.seek(SeekFrom::End(0))?;
+    if length < size_of::<Elf64_Ehdr>() as u64 {
+        return Ok(false);
+    }
+    elf.rewind()?;
+    let mut header = Elf64_Ehdr::default();
+    elf.read_exact(header.as_mut_slice())?;
+    if header.e_ident.get(..5) != Some(b"\x7fELF\x02") {
+        return Ok(false);
+    }
+    let Some(segments) = program_headers(elf, &header, length)? else { return Ok(false) };
+    let inside = |s: &Elf64_Phdr| s.p_offset.checked_add(s.p_filesz).is_some_and(|end| end <= length);
+    let loads = |s: &Elf64_Phdr| s.p_type == PT_LOAD && s.p_filesz > 0;
+    Ok(segments.iter().all(|segment| segment.p_filesz == 0 || inside(segment)) && segments.iter().any(loads))
+}
+
 /// The program headers; `None` if they, or what they name, do not lie in the file.
 fn program_headers(elf: &mut File, header: &Elf64_Ehdr, length: u64) -> io::Result<Option<Vec<Elf64_Phdr>>> {
     let one = size_of::<Elf64_Phdr>() as u64;
