@@ -1,4 +1,4 @@
-//! The identity by which `omega run` meets the agents of its guest's disks and memory.
+//! The identity by which `omega run` meets the agents of its guest's disks, memory and vCPUs.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -12,13 +12,14 @@ use crate::config::{Guest, Peer};
 /// How often the identity's files are looked at: a new certificate or list of revoked ones counts soon.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
 
-/// This PC's identity, if `guest` has a disk or memory elsewhere that needs one and there is one.
+/// This PC's identity, if `guest` has a disk, memory or vCPUs elsewhere that needs one and there is one.
 ///
 /// # Errors
 /// `chosen` holds none, or the one that there is cannot be used.
 pub(super) fn find(guest: &Guest, chosen: Option<&Path>) -> Result<Option<Arc<Reloading>>, Failure> {
     let disks = guest.disk.iter().filter_map(|disk| disk.remote.as_ref()).map(Peer::from);
-    let mut peers = disks.chain(guest.memory.helper.iter().map(Peer::from));
+    let lent = guest.memory.helper.iter().map(Peer::from).chain(guest.cpu.place.iter().map(Peer::from));
+    let mut peers = disks.chain(lent);
     if peers.all(|peer| peer.insecure) {
         return Ok(None);
     }

@@ -327,3 +327,96 @@ fn a_host_name_is_the_node_that_is_expected_and_an_address_is_any() {
     let remote: Peer<'_> = guest.disk[0].remote.as_ref().expect("remote").into();
     assert_eq!(remote.expected_node().as_deref(), Some("attic"));
 }
+
+#[test]
+fn vcpus_on_other_pcs_are_named_where_they_cannot_be() {
+    let attic = "[[cpu.place]]\nnode = 'attic'\ncount = 1\n";
+    let cases: &[(&str, &[&str])] = &[
+        (
+            attic,
+            &[
+                "guest.toml:4:7: key `cpu.place`: 1 of the guest's 1 vCPUs would be elsewhere; the first one stays on this PC, so raise `cpu.count` or lower this",
+            ],
+        ),
+        (
+            "[cpu]\ncount = 4\nplace = [{ node = 'attic', count = 0 }]\n",
+            &["guest.toml:6:28: key `cpu.place[0].count`: must be from 1 to 63, not 0"],
+        ),
+        (
+            &format!("[cpu]\ncount = 4\n{attic}{attic}"),
+            &[
+                "guest.toml:6:7: key `cpu.place`: this version runs vCPUs on one other PC, not on 2",
+                "guest.toml:10:1: key `cpu.place[1].node`: `attic` is a place already; give it a larger `count`",
+            ],
+        ),
+        (
+            &format!(
+                "[cpu]\ncount = 4\n{attic}agent = '10.0.0.2'\n[[cpu.place]]\nnode = 'loft'\nagent = '10.0.0.2'\ncount = 1\n"
+            ),
+            &[
+                "guest.toml:6:7: key `cpu.place`: this version runs vCPUs on one other PC, not on 2",
+                "guest.toml:12:1: key `cpu.place[1].agent`: `10.0.0.2` is another place's agent already",
+            ],
+        ),
+        (
+            "[cpu]\ncount = 2\nplace = [{ node = 'Attic', agent = 'a b', count = 1, transport = 'rdma', require_encryption = true, patience = '0s' }]\n",
+            &[
+                "guest.toml:6:12: key `cpu.place[0].node`: `Attic` is no node's name: lower-case letters, digits and `-`, at most 63",
+                "guest.toml:6:28: key `cpu.place[0].agent`: is not a host; write `host`, `host:port` or `[IPv6 address]:port`",
+                "guest.toml:6:54: key `cpu.place[0].transport`: RDMA does not encrypt what it carries; leave out `require_encryption`, or this",
+                "guest.toml:6:101: key `cpu.place[0].patience`: must be longer than nothing; leave it out to wait for ever",
+            ],
+        ),
+        (
+            &format!(
+                "[cpu]\ncount = 2\n{attic}[memory]\nsize = '1G'\nlocal = '256M'\n[[memory.helper]]\nagent = 'pc2'\nsize = '1G'\n[balloon]\n"
+            ),
+            &[
+                "guest.toml:11:1: key `memory.local`: a guest has vCPUs on other PCs (`[[cpu.place]]`) or memory on other PCs, not both in this version; leave out one of them",
+                "guest.toml:15:2: key `balloon`: the RAM of a guest with vCPUs on other PCs cannot be given back in this version; leave this out",
+            ],
+        ),
+        (
+            &format!(
+                "[cpu]\ncount = 2\n{attic}[memory]\nsize = '65G'\nnuma = [{{ size = '65G', cpus = [0, 1] }}]\n"
+            ),
+            &[
+                "guest.toml:10:1: key `memory.size`: is 65G; each PC that runs vCPUs of a guest has room for all of its RAM, 64G at most in this version",
+                "guest.toml:11:1: key `memory.numa`: with `[[cpu.place]]` the PCs are the NUMA nodes; leave this out",
+            ],
+        ),
+    ];
+    for (tail, expected) in cases {
+        assert_eq!(lines(&format!("{HEAD}{tail}")), *expected, "for:\n{tail}");
+    }
+}
+
+#[test]
+fn the_first_vcpus_are_on_this_pc_and_the_last_ones_elsewhere() {
+    let text = format!("{HEAD}[cpu]\ncount = 5\n[[cpu.place]]\nnode = 'attic'\ncount = 2\n");
+    let guest = Guest::parse(Path::new("/g/guest.toml"), &text).expect("the configuration is right");
+    let placement = guest.placement();
+    let numbers: Vec<u8> = placement.members().iter().map(|member| member.number()).collect();
+    assert_eq!((numbers.as_slice(), placement.counts().as_slice()), (&[0, 0, 0, 1, 1][..], &[3, 2][..]));
+    let helper = placement.members()[4];
+    assert_eq!(placement.cpus_of(helper).collect::<Vec<_>>(), [3, 4]);
+    assert!(placement.spans());
+    let alone =
+        Guest::parse(Path::new("/g/guest.toml"), &format!("{HEAD}[cpu]\ncount = 3\n")).expect("valid");
+    assert!(!alone.placement().spans());
+    assert_eq!(alone.placement().counts(), [3]);
+}
+
+#[test]
+fn a_place_is_reached_by_its_name_or_at_its_agent_and_has_to_prove_its_name() {
+    for (keys, agent, node) in [
+        ("", "attic", Some("attic")),
+        ("agent = '10.0.0.2:99'\n", "10.0.0.2:99", Some("attic")),
+        ("agent = '10.0.0.2'\ninsecure = true\n", "10.0.0.2", None),
+    ] {
+        let text = format!("{HEAD}[cpu]\ncount = 2\n[[cpu.place]]\nnode = 'attic'\ncount = 1\n{keys}");
+        let guest = Guest::parse(Path::new("g.toml"), &text).expect("valid");
+        let peer = Peer::from(&guest.cpu.place[0]);
+        assert_eq!((peer.agent, peer.node), (agent, node));
+    }
+}

@@ -1,5 +1,6 @@
 //! A guest's configuration: the shape of `guest.toml`.
 
+mod cpu;
 mod memory;
 #[cfg(test)]
 mod mistakes_test;
@@ -15,10 +16,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::units::{Bytes, Span};
 
+pub use cpu::{Cpu, MOST_CPUS, Place, Placement};
 pub use memory::{Compress, Helper, Memory, NumaNode, OnLoss};
 pub use peer::Peer;
 pub use toml_file::{Mistake, Mistakes};
-pub use validate::{LONGEST_CMDLINE, LONGEST_SERIAL, MOST_CPUS, MOST_DEVICES, name_mistake, parse_mac};
+pub use validate::{LONGEST_CMDLINE, LONGEST_SERIAL, MOST_DEVICES, name_mistake, parse_mac};
 
 /// A guest: everything in `guest.toml`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -120,21 +122,6 @@ pub struct Kernel {
     /// The kernel's command line.
     #[serde(default)]
     pub cmdline: String,
-}
-
-/// The guest's processors.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct Cpu {
-    /// How many, 1 to 64.
-    #[schemars(range(min = 1, max = 64))]
-    pub count: u8,
-}
-
-impl Default for Cpu {
-    fn default() -> Self {
-        Self { count: 1 }
-    }
 }
 
 /// A disk: either `path` or `remote` is given.

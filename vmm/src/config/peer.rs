@@ -1,11 +1,11 @@
-//! How a guest reaches an agent: what disks on other PCs and memory on other PCs have in common.
+//! How a guest reaches an agent: what disks, memory and vCPUs on other PCs have in common.
 
 use std::net::IpAddr;
 
 use transport::identity::NodeName;
 
 use super::toml_file::{Checker, KeyPath};
-use super::{Helper, RemoteDisk, Transport};
+use super::{Helper, Place, RemoteDisk, Transport};
 
 /// An agent, and how to reach it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,6 +35,16 @@ impl<'a> From<&'a Helper> for Peer<'a> {
         let Helper { agent, node, insecure, transport, require_encryption, .. } = helper;
         let (insecure, transport, require_encryption) = (*insecure, *transport, *require_encryption);
         Self { agent, node: node.as_deref(), insecure, transport, require_encryption }
+    }
+}
+
+impl<'a> From<&'a Place> for Peer<'a> {
+    fn from(place: &'a Place) -> Self {
+        let Place { node, insecure, transport, require_encryption, .. } = place;
+        // Over plain TCP the name is only what the place is called here.
+        let node = (!insecure).then_some(node.as_str());
+        let (insecure, transport, require_encryption) = (*insecure, *transport, *require_encryption);
+        Self { agent: place.agent(), node, insecure, transport, require_encryption }
     }
 }
 
@@ -90,12 +100,31 @@ pub(super) fn check(peer: &Peer<'_>, key: &KeyPath, checker: &mut Checker<'_>) {
                 "nobody proves a name over plain TCP; leave out `insecure`, or this",
             );
         }
-        Some(node) if node.parse::<NodeName>().is_err() => {
-            let what = format!("`{node}` is no node's name: lower-case letters, digits and `-`, at most 63");
-            checker.wrong(&key.key("node"), what);
-        }
-        _ => {}
+        Some(node) => node_name(node, key, checker),
+        None => {}
     }
+    protection(peer, key, checker);
+}
+
+/// As [`check`], of a place: its node's name is there also where nobody proves it.
+pub(super) fn check_place(place: &Place, key: &KeyPath, checker: &mut Checker<'_>) {
+    node_name(&place.node, key, checker);
+    // The name, where it stands for the address, has had its say.
+    if let Some(why) = place.agent.as_deref().and_then(address_mistake) {
+        checker.wrong(&key.key("agent"), why);
+    }
+    protection(&place.into(), key, checker);
+}
+
+fn node_name(node: &str, key: &KeyPath, checker: &mut Checker<'_>) {
+    if node.parse::<NodeName>().is_err() {
+        let what = format!("`{node}` is no node's name: lower-case letters, digits and `-`, at most 63");
+        checker.wrong(&key.key("node"), what);
+    }
+}
+
+/// Finds what contradicts itself in how a connection is protected.
+fn protection(peer: &Peer<'_>, key: &KeyPath, checker: &mut Checker<'_>) {
     if peer.require_encryption && peer.insecure {
         checker.wrong(
             &key.key("require_encryption"),

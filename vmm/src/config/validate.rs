@@ -5,12 +5,10 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use super::toml_file::{Checker, KeyPath, beside};
-use super::{Disk, Guest, Net, RemoteDisk, Serial, memory, peer};
+use super::{Disk, Guest, Net, RemoteDisk, Serial, cpu, memory, peer};
 
 /// The longest kernel command line: x86's `COMMAND_LINE_SIZE` with its final NUL.
 pub const LONGEST_CMDLINE: usize = 2047;
-/// The most vCPUs of a guest.
-pub const MOST_CPUS: u8 = 64;
 /// The longest serial number of a disk (virtio 1.2, 5.2.6.1: `VIRTIO_BLK_ID_BYTES`).
 pub const LONGEST_SERIAL: usize = 20;
 /// The longest name of a network interface: Linux's `IFNAMSIZ` with its final NUL.
@@ -24,10 +22,7 @@ pub(super) fn check(guest: &Guest, checker: &mut Checker<'_>) {
     if let Some(why) = name_mistake(&guest.name) {
         checker.wrong(&root.key("name"), why);
     }
-    if !(1..=MOST_CPUS).contains(&guest.cpu.count) {
-        let count = guest.cpu.count;
-        checker.wrong(&root.key("cpu").key("count"), format!("must be from 1 to {MOST_CPUS}, not {count}"));
-    }
+    cpu::check(guest, checker);
     kernel(guest, checker);
     memory::check(&guest.memory, guest.cpu.count, checker);
     disks(&guest.disk, checker);

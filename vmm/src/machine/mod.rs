@@ -150,6 +150,11 @@ pub enum Error {
     /// A helper cannot be trusted.
     #[error("{0}")]
     Helper(String),
+    /// Its vCPUs are to be on several PCs.
+    #[error(
+        "vCPUs on other PCs are not run by this version yet; leave out `[[cpu.place]]` to run all of them on this PC"
+    )]
+    Spanning,
     /// The helpers do not lend what the guest needs.
     #[error(transparent)]
     Lend(#[from] memory::store::ConnectError),
@@ -184,6 +189,9 @@ impl Machine {
     /// Each names what is missing and, where there is one, the mend.
     #[allow(clippy::needless_pass_by_value)] // the consoles are the machine's from here on
     pub fn new(guest: &config::Guest, options: Options) -> Result<Self, Error> {
+        if guest.placement().spans() {
+            return Err(Error::Spanning);
+        }
         if !options.allow_unfit_kvm {
             match kvm::fitness() {
                 kvm::Fitness::Fit => {}
