@@ -19,6 +19,8 @@ use transport::wire::{Body, Class, Status};
 
 const ECHO: u16 = 256;
 
+type At = Box<dyn FnMut(u64) + Send>;
+
 /// What an end heard.
 struct Ear {
     sender: Sender,
@@ -28,7 +30,7 @@ struct Ear {
     /// Each message is answered with another.
     answers: bool,
     /// What to do at so many messages.
-    at: Mutex<Option<Box<dyn FnMut(u64) + Send>>>,
+    at: Mutex<Option<At>>,
     count: AtomicU64,
 }
 

@@ -15,4 +15,5 @@ pub mod machine;
 pub mod memory;
 pub mod ping;
 pub mod seccomp;
+pub mod span;
 pub mod units;
