@@ -11,8 +11,8 @@ use libc::{
     SYS_preadv2, SYS_pwrite64, SYS_pwritev, SYS_read, SYS_readv, SYS_recvfrom, SYS_recvmsg,
     SYS_restart_syscall, SYS_rmdir, SYS_rseq, SYS_rt_sigaction, SYS_rt_sigprocmask, SYS_rt_sigreturn,
     SYS_sched_getaffinity, SYS_sched_yield, SYS_seccomp, SYS_sendmsg, SYS_sendto, SYS_set_robust_list,
-    SYS_setsockopt, SYS_shutdown, SYS_sigaltstack, SYS_socket, SYS_statx, SYS_tgkill, SYS_unlink,
-    SYS_unlinkat, SYS_write, SYS_writev,
+    SYS_setsockopt, SYS_shutdown, SYS_sigaltstack, SYS_socket, SYS_statx, SYS_tgkill, SYS_timerfd_settime,
+    SYS_unlink, SYS_unlinkat, SYS_write, SYS_writev,
 };
 
 /// A permitted system call.
@@ -161,7 +161,12 @@ const DISK: &[Call] = &[
 
 /// Page faults of the guest: pages are installed and protected, read from the memory's file when they are written
 /// back, and taken out of it.
-const MEMORY: &[Call] = &[ioctls(0xaa), any(SYS_fallocate), any(SYS_pread64)];
+const MEMORY: &[Call] = &[
+    ioctls(0xaa),
+    any(SYS_fallocate),
+    any(SYS_pread64),
+    any(SYS_timerfd_settime), // the end of a page's hold, where another PC waits for it
+];
 
 /// The TAP interface: offloads and queues change while it runs.
 const NET: &[Call] = &[TTY_AND_TUN_IOCTLS];

@@ -138,6 +138,12 @@ pub struct Page {
 }
 
 impl Page {
+    /// A page of which nothing is under way.
+    #[must_use]
+    pub fn resting(copy: Copy) -> Self {
+        Self { copy, ..Self::default() }
+    }
+
     /// What the member has of it.
     #[must_use]
     pub fn copy(&self) -> Copy {
@@ -147,13 +153,25 @@ impl Page {
     /// Whether nothing of it is under way, so that [`Page::copy`] is all there is to know.
     #[must_use]
     pub fn idle(&self) -> bool {
-        *self == Self { copy: self.copy, ..Self::default() }
+        *self == Self::resting(self.copy)
     }
 
     /// Whether it waits to be given up until it is held no longer.
     #[must_use]
     pub fn held(&self) -> bool {
         self.held
+    }
+
+    /// Whether another member waits until it is held no longer.
+    #[must_use]
+    pub fn defers(&self) -> bool {
+        self.deferred.is_some()
+    }
+
+    /// Whether its home was asked for it.
+    #[must_use]
+    pub fn asks(&self) -> bool {
+        self.asked.is_some()
     }
 
     /// What `event` leads to.

@@ -1,0 +1,441 @@
+//! A shard: the pages of its pieces at this member, and the lines of those that are at home here. Whatever happens to
+//! them (a fault, a message, the end of a hold) is worked off by the thread that brings it, under one lock, to the end.
+//! What is then to be said to others is said without the lock.
+
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use smallvec::SmallVec;
+use transport::buffer::Buffer;
+
+use super::counters::Tally;
+use super::holds::Holds;
+use super::member::{Action, Actions, Copy, Event};
+use super::message::{Member, Members, Right, ToHome, ToMember};
+use super::table::{Busy, Table};
+use super::timer::Timer;
+use super::wire::{Age, BODY, Letter, What};
+use super::{Homes, Violation};
+use crate::memory::frames::{Fault, Frames, PAGE, Page, Shards};
+
+/// Letters to other members, each with the content that goes with it.
+pub(super) type Mail = SmallVec<[(Member, Letter, Option<Buffer>); 4]>;
+
+/// Why a shard cannot go on.
+#[derive(Debug)]
+pub(super) enum Failure {
+    /// Another member cannot be trusted: the guest has to stop.
+    Violation(Violation),
+    /// The kernel refuses what the guest's life depends on.
+    Kernel(io::Error),
+}
+
+impl From<Violation> for Failure {
+    fn from(violation: Violation) -> Self {
+        Self::Violation(violation)
+    }
+}
+
+impl From<io::Error> for Failure {
+    fn from(why: io::Error) -> Self {
+        Self::Kernel(why)
+    }
+}
+
+/// See the [module](self).
+pub(super) struct Shard {
+    me: Member,
+    /// All of the guest's.
+    members: Members,
+    pub(super) shards: Shards,
+    number: u32,
+    homes: Arc<Homes>,
+    pub(super) frames: Frames,
+    /// Expires when a hold is over that another member waits for.
+    pub(super) timer: Timer,
+    state: Mutex<State>,
+    /// No fault is worked off.
+    paused: AtomicBool,
+}
+
+struct State {
+    table: Table,
+    holds: Holds,
+    age: Age,
+    tally: Tally,
+    /// So many orders wait for the end of a hold.
+    deferred: usize,
+    /// For when the timer is set.
+    set: Option<Instant>,
+}
+
+impl Shard {
+    pub(super) fn new(
+        me: Member,
+        members: Members,
+        shards: Shards,
+        number: u32,
+        homes: Arc<Homes>,
+        frames: Frames,
+    ) -> io::Result<Self> {
+        let table = Table::new(shards.pages(number), shards.pieces().each() as usize);
+        let state = State {
+            table,
+            holds: Holds::new(),
+            age: Age::default(),
+            tally: Tally::default(),
+            deferred: 0,
+            set: None,
+        };
+        let (timer, state) = (Timer::new()?, Mutex::new(state));
+        Ok(Self { me, members, shards, number, homes, frames, timer, state, paused: AtomicBool::new(false) })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Looks at the counters.
+    pub(super) fn tally<T>(&self, look: impl FnOnce(&Tally) -> T) -> T {
+        look(&self.lock().tally)
+    }
+
+    /// Whether faults wait.
+    pub(super) fn is_paused(&self) -> bool {
+        self.paused.load(Ordering::SeqCst)
+    }
+
+    /// From now on faults wait.
+    pub(super) fn pause(&self) {
+        self.paused.store(true, Ordering::SeqCst);
+    }
+
+    /// Faults are worked off again. Whoever stands still tries again, which brings back the events of faults that were
+    /// read and forgotten.
+    pub(super) fn resume(&self) -> io::Result<()> {
+        self.paused.store(false, Ordering::SeqCst);
+        for piece in self.shards.of(self.number) {
+            let pages = self.shards.pieces().range(piece);
+            self.frames.wake(Page(pages.start), pages.end - pages.start)?;
+        }
+        Ok(())
+    }
+
+    /// Gives all memory of the shard back and forgets all that is known of it.
+    pub(super) fn forget(&self, age: Age) -> io::Result<()> {
+        let mut state = self.lock();
+        for piece in self.shards.of(self.number) {
+            let pages = self.shards.pieces().range(piece);
+            self.frames.punch(Page(pages.start), pages.end - pages.start)?;
+        }
+        state.table.clear();
+        state.holds.clear();
+        (state.deferred, state.age) = (0, age);
+        Ok(())
+    }
+
+    /// How often this member has forgotten everything.
+    pub(super) fn age(&self) -> Age {
+        self.lock().age
+    }
+
+    /// Threads stand still.
+    pub(super) fn faults(&self, faults: &[Fault]) -> Result<Mail, Failure> {
+        self.work(|work| faults.iter().try_for_each(|fault| work.fault(fault)))
+    }
+
+    /// The timer has expired.
+    pub(super) fn expired(&self) -> Result<Mail, Failure> {
+        self.work(|work| {
+            work.state.set = None;
+            Ok(())
+        })
+    }
+
+    /// `from` says something of the page at `place`. What it said before it was told to forget everything is forgotten.
+    pub(super) fn hear(
+        &self,
+        from: Member,
+        place: usize,
+        letter: Letter,
+        content: Option<Buffer>,
+    ) -> Result<Mail, Failure> {
+        self.work(|work| {
+            if letter.age.before(work.state.age) {
+                return Ok(());
+            }
+            if letter.age != work.state.age {
+                return Err(Violation("a message from the future").into());
+            }
+            let place = place as u32;
+            match letter.what {
+                What::Home(_, message) => work.at_home(place, from, message),
+                What::Member(_, message) => work.happens(place, Event::Heard(message), content),
+                What::Forget | What::Forgotten | What::GoOn => Ok(()),
+            }
+        })
+    }
+
+    /// Works something off, and whatever is due.
+    fn work(&self, begin: impl FnOnce(&mut Work<'_>) -> Result<(), Failure>) -> Result<Mail, Failure> {
+        let mut state = self.lock();
+        let mut work = Work {
+            shard: self,
+            state: &mut state,
+            mail: Mail::new(),
+            own: SmallVec::new(),
+            now: Instant::now(),
+        };
+        work.expire()?;
+        begin(&mut work)?;
+        work.settle()?;
+        Ok(work.mail)
+    }
+}
+
+/// A message of this member to itself.
+enum Own {
+    Home(ToHome),
+    Member(ToMember, Option<Buffer>),
+}
+
+/// Work under the lock.
+struct Work<'a> {
+    shard: &'a Shard,
+    state: &'a mut State,
+    mail: Mail,
+    own: SmallVec<[(u32, Own); 4]>,
+    now: Instant,
+}
+
+impl Work<'_> {
+    fn page(&self, place: u32) -> Page {
+        self.shard.shards.page(self.shard.number, place as usize)
+    }
+
+    /// Ends holds whose time is over.
+    fn expire(&mut self) -> Result<(), Failure> {
+        while let Some(place) = self.state.holds.due(self.now) {
+            if self.state.table.held(place).is_some_and(|until| until <= self.now) {
+                self.happens(place, Event::HoldOver, None)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Hears what this member said to itself, and sets the timer.
+    fn settle(&mut self) -> Result<(), Failure> {
+        while let Some((place, own)) = self.own.pop() {
+            match own {
+                Own::Home(message) => self.at_home(place, self.shard.me, message)?,
+                Own::Member(message, content) => self.happens(place, Event::Heard(message), content)?,
+            }
+        }
+        let next = self.state.holds.next().filter(|_| self.state.deferred > 0);
+        if let Some(next) = next
+            && self.state.set != Some(next)
+        {
+            self.shard.timer.set(next.saturating_duration_since(self.now))?;
+            self.state.set = Some(next);
+        }
+        let tally = &mut self.state.tally;
+        tally.messages += self.mail.len() as u64;
+        let contents = self.mail.iter().filter(|(_, _, content)| content.is_some()).count();
+        tally.bytes += (self.mail.len() * BODY + contents * PAGE) as u64;
+        Ok(())
+    }
+
+    fn fault(&mut self, fault: &Fault) -> Result<(), Failure> {
+        let page = self.shard.frames.page(fault.address);
+        let place = page.and_then(|page| self.shard.shards.place(page));
+        let Some((_, place)) = place.filter(|(shard, _)| *shard == self.shard.number) else {
+            return Err(io::Error::other("a fault came from somewhere else").into());
+        };
+        let right = if fault.write || fault.protected { Right::Write } else { Right::Read };
+        self.happens(place as u32, Event::Fault(right), None)
+    }
+
+    /// As the home of the page at `place`, hears what `from` says.
+    fn at_home(&mut self, place: u32, from: Member, message: ToHome) -> Result<(), Failure> {
+        let page = self.page(place);
+        if self.shard.homes.of(page) != Some(self.shard.me) {
+            return Err(Violation("a page is at home somewhere else").into());
+        }
+        let line = self.state.table.line(place).ok_or(Violation("a page that there is not"))?;
+        // Members have room for all of RAM, so nobody offers pages: the first member would keep them.
+        let keeper = self.shard.me;
+        let (next, sendings) = std::mem::take(line).step(keeper, from, message)?;
+        *line = next;
+        for (to, message) in sendings {
+            self.send(to, place, message, None)?;
+        }
+        Ok(())
+    }
+
+    /// Has `event` happen to the page at `place`.
+    fn happens(&mut self, place: u32, event: Event, content: Option<Buffer>) -> Result<(), Failure> {
+        let mut busy = self.state.table.take(place);
+        let (before, deferred) = (busy.page, busy.page.defers());
+        let (page, actions) = before.step(event)?;
+        busy.page = page;
+        self.count(event, before.copy(), &page, &mut busy.since);
+        self.state.deferred += usize::from(page.defers());
+        self.state.deferred -= usize::from(deferred);
+        self.state.tally.deferred += u64::from(page.defers() && !deferred);
+        self.act(place, before.copy(), &mut busy, actions, content)?;
+        self.state.table.put(place, busy);
+        Ok(())
+    }
+
+    fn count(&mut self, event: Event, copy: Copy, page: &super::Page, since: &mut Option<Instant>) {
+        let Event::Fault(right) = event else { return };
+        let tally = &mut self.state.tally;
+        let number = match (right, copy) {
+            _ if since.is_some() || copy.allows(right) => &mut tally.late_faults,
+            (Right::Read, _) => &mut tally.read_faults,
+            (Right::Write, Copy::None) => &mut tally.write_faults,
+            (Right::Write, _) => &mut tally.upgrades,
+        };
+        *number += 1;
+        if page.asks() {
+            since.get_or_insert(self.now);
+        }
+    }
+
+    /// Does what the page's next state asks for. `before` is what this member had of it.
+    ///
+    /// Letters leave when all of it is done: so `Unmap` only has to see to it that nobody writes any more, and `Free` to
+    /// it that nobody reads.
+    fn act(
+        &mut self,
+        place: u32,
+        before: Copy,
+        busy: &mut Busy,
+        actions: Actions,
+        mut content: Option<Buffer>,
+    ) -> Result<(), Failure> {
+        let (page, frames) = (self.page(place), &self.shard.frames);
+        let mut woken = false;
+        for action in actions {
+            match action {
+                Action::Ask(message) => self.ask(place, message),
+                Action::Stage => {
+                    let came = content.take().ok_or(Violation("content was promised and did not come"))?;
+                    busy.staged = Some(came);
+                }
+                Action::Unstage => busy.staged = None,
+                Action::Install { writable } => {
+                    let staged = busy.staged.take().ok_or(Violation("there is nothing to install"))?;
+                    frames.install(page, 1, &staged, !writable)?;
+                    self.state.tally.fetched += 1;
+                    woken = true;
+                }
+                Action::InstallZeros => {
+                    frames.zero(page, 1, false)?;
+                    self.state.tally.zeroed += 1;
+                    woken = true;
+                }
+                Action::Unprotect => {
+                    frames.unprotect(page, 1)?;
+                    woken = true;
+                }
+                Action::Protect => {
+                    frames.protect(page, 1)?;
+                    self.state.tally.downgraded += 1;
+                    self.state.holds.lost(place, self.now);
+                }
+                Action::Unmap => {
+                    if before == Copy::Modified {
+                        frames.protect(page, 1)?;
+                    }
+                }
+                Action::Send(to, answer) => {
+                    let content = Buffer::from_vec(frames.read(page, 1)?);
+                    self.state.tally.sent += 1;
+                    self.send(to, place, ToMember::Answer(answer), Some(content))?;
+                }
+                Action::SendGone(to, txn) => self.send(to, place, ToMember::Gone { txn }, None)?,
+                Action::Free => {
+                    frames.punch(page, 1)?;
+                    self.state.tally.invalidated += 1;
+                    self.state.holds.lost(place, self.now);
+                }
+                Action::Wake => {
+                    if !woken {
+                        frames.wake(page, 1)?;
+                    }
+                }
+                Action::Hold => self.hold(place, busy),
+            }
+        }
+        Ok(())
+    }
+
+    fn hold(&mut self, place: u32, busy: &mut Busy) {
+        let State { table, holds, tally, .. } = &mut *self.state;
+        let needed = busy.since.take();
+        if let Some(needed) = needed {
+            tally.latency.note(self.now.saturating_duration_since(needed));
+        }
+        let (heat, again) = holds.heat(place, table.heat(place), needed.unwrap_or(self.now));
+        table.set_heat(place, heat);
+        tally.ping_pongs += u64::from(again);
+        tally.held += 1;
+        let right = if busy.page.copy() == Copy::Modified { Right::Write } else { Right::Read };
+        busy.until = Some(holds.begin(place, heat, right, self.now));
+    }
+
+    fn ask(&mut self, place: u32, message: ToHome) {
+        match self.shard.homes.of(self.page(place)) {
+            Some(home) if home == self.shard.me => self.own.push((place, Own::Home(message))),
+            Some(home) => self.post(home, What::Home(self.page(place), message), None),
+            // Every page has one.
+            None => {}
+        }
+    }
+
+    fn send(
+        &mut self,
+        to: Member,
+        place: u32,
+        message: ToMember,
+        content: Option<Buffer>,
+    ) -> Result<(), Failure> {
+        if to == self.shard.me {
+            self.own.push((place, Own::Member(message, content)));
+        } else if self.shard.members.has(to) {
+            self.post(to, What::Member(self.page(place), message), content);
+        } else {
+            return Err(Violation("a page is to go to one who is no member").into());
+        }
+        Ok(())
+    }
+
+    fn post(&mut self, to: Member, what: What, content: Option<Buffer>) {
+        self.mail.push((to, Letter { age: self.state.age, what }, content));
+    }
+}
+
+/// Whether what comes with `letter` is what it says.
+pub(super) fn whole(letter: &Letter, content: Option<&Buffer>) -> bool {
+    content.map(Buffer::len) == letter.has_content().then_some(PAGE)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::coherence::message::{Answer, Content, Granted, Txn};
+
+    #[test]
+    fn a_letter_has_content_where_it_says_so_and_then_a_page_of_it() {
+        let answer = |content| Answer { txn: Txn(1), granted: Granted::Share, gone: 0, content };
+        let letter =
+            |content| Letter { age: Age(0), what: What::Member(Page(3), ToMember::Answer(answer(content))) };
+        let (page, short) = (Buffer::zeroed(PAGE), Buffer::zeroed(PAGE - 1));
+        assert!(whole(&letter(Content::Sent), Some(&page)) && whole(&letter(Content::Yours), None));
+        assert!(!whole(&letter(Content::Sent), None) && !whole(&letter(Content::Yours), Some(&page)));
+        assert!(!whole(&letter(Content::Sent), Some(&short)));
+    }
+}
