@@ -11,7 +11,7 @@ RDMA ?= $(shell pkg-config --exists libibverbs librdmacm 2>/dev/null && echo yes
 rdma = $(if $(RDMA),--features omega-vmm/rdma$(comma)omega-agent/rdma)
 comma := ,
 
-.PHONY: all setup build images demo test bench lint fmt fuzz model install deb clean
+.PHONY: all setup build images demo test bench lint fmt fuzz model litmus install deb clean
 
 all: build
 
@@ -55,6 +55,10 @@ fuzz:
 ## Search the coherence protocol further than the tests do: some minutes, and 2 GB of memory.
 model:
 	OMEGA_MODEL_FAR=1 $(CARGO) test --release --locked -p omega-vmm --lib coherence -- --nocapture --test-threads=1
+
+## A million and more litmus iterations between members of a guest's memory: some minutes.
+litmus:
+	OMEGA_LITMUS=60000 $(CARGO) test --release --locked -p omega-vmm --lib litmus -- --nocapture --test-threads=1
 
 install: build
 	packaging/install "$(DESTDIR)" "$(PREFIX)"
