@@ -9,6 +9,7 @@ pub mod control;
 pub mod cpu;
 #[doc(hidden)]
 pub mod fuzzing;
+pub mod interrupt;
 pub mod kvm;
 pub mod loader;
 pub mod machine;

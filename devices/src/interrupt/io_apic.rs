@@ -205,6 +205,14 @@ impl IoApic {
         }
     }
 
+    /// As [`Self::refused`], told by an APIC that knows only the vector. A pin of the same vector whose message is still
+    /// on its way may interrupt once more than it had to.
+    pub fn refused_vector(&mut self, vector: u8) {
+        for entry in self.entries.iter_mut().filter(|entry| entry.level() && entry.0 as u8 == vector) {
+            entry.0 &= !REMOTE_IRR;
+        }
+    }
+
     /// What waits because it was refused: to be asked when a local APIC's [`View`](super::View) changes.
     #[must_use]
     pub fn retry(&mut self) -> Messages {

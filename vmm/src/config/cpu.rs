@@ -26,12 +26,25 @@ pub struct Cpu {
     pub count: u8,
     /// Other PCs that run some of them; the rest, the first vCPU among them, is on this PC.
     pub place: Vec<Place>,
+    /// Whose interrupt controllers the guest has, if all of them are on this PC.
+    pub interrupt_controllers: InterruptControllers,
 }
 
 impl Default for Cpu {
     fn default() -> Self {
-        Self { count: 1, place: Vec::new() }
+        Self { count: 1, place: Vec::new(), interrupt_controllers: InterruptControllers::default() }
     }
+}
+
+/// Whose interrupt controllers a guest has.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum InterruptControllers {
+    /// The kernel's (KVM), which are the fastest.
+    #[default]
+    Kernel,
+    /// Omega's own, as of every guest whose vCPUs are on several PCs.
+    Userspace,
 }
 
 /// A PC that runs some of the guest's vCPUs.
@@ -118,6 +131,16 @@ impl Placement {
 }
 
 impl Guest {
+    /// Whose interrupt controllers it has: the kernel's know the vCPUs of one PC only.
+    #[must_use]
+    pub fn interrupt_controllers(&self) -> InterruptControllers {
+        if self.placement().spans() {
+            InterruptControllers::Userspace
+        } else {
+            self.cpu.interrupt_controllers
+        }
+    }
+
     /// Which member runs which vCPU. The console node is member 0 and runs vCPU 0.
     #[must_use]
     pub fn placement(&self) -> Placement {

@@ -4,7 +4,7 @@ use devices::GuestMemory;
 use kvm_bindings::{kvm_lapic_state, kvm_regs, kvm_segment, kvm_sregs};
 use vm_memory::{Address, Bytes, GuestAddress};
 
-use super::{Context, Error, Vcpu, msr};
+use super::{Context, Controllers, Error, Vcpu, msr};
 use crate::loader::Entry;
 
 // Where the structures lie that a processor in protected mode needs; below everything that a loader writes.
@@ -68,12 +68,16 @@ impl Vcpu {
         self.fd().set_regs(&regs).to("set a vCPU's registers")
     }
 
-    /// Sets what firmware sets on every processor before an operating system sees it.
+    /// Sets what firmware sets on every processor before an operating system sees it; of its local APIC only if that
+    /// is the kernel's.
     ///
     /// # Errors
     /// KVM refuses.
     pub fn set_up(&self) -> Result<(), Error> {
         msr::set_for_boot(self.fd())?;
+        if self.controllers() == Controllers::Userspace {
+            return Ok(());
+        }
         let mut lapic = self.fd().get_lapic().to("read a local APIC")?;
         set_delivery_mode(&mut lapic, LVT_LINT0, EXT_INT);
         set_delivery_mode(&mut lapic, LVT_LINT1, NMI);

@@ -7,9 +7,16 @@ use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 use super::Error;
 
 const HYPERVISOR: u32 = 1 << 31;
+const X2APIC: u32 = 1 << 21;
 const TSC_DEADLINE: u32 = 1 << 24;
 const HTT: u32 = 1 << 28;
 const KVM_SIGNATURE: u32 = 0x4000_0000;
+/// Which paravirtual features KVM offers.
+const KVM_FEATURES: u32 = 0x4000_0001;
+/// Those that work without the kernel's local APIC: clocks (0, 3, 24), no delays by port 0x80 (1), steal time (5),
+/// and the host's polling (12). The others send interrupts (asynchronous page faults, IPIs, kicks) or avoid their
+/// ends.
+const KVM_WITHOUT_APIC: u32 = 1 | 1 << 1 | 1 << 3 | 1 << 5 | 1 << 12 | 1 << 24;
 /// The leaf that VMware defined for clock frequencies and others read too.
 const TIMING: u32 = 0x4000_0010;
 const LEVEL_SMT: u32 = 1 << 8;
@@ -83,6 +90,17 @@ pub(super) fn of_vcpu(
     CpuId::from_entries(&leaves).map_err(|_| Error::State("there are too many CPUID leaves".into()))
 }
 
+/// Hides what needs KVM's own local APIC from a vCPU that has another, which is an xAPIC without TSC deadlines.
+pub(super) fn hide_kernel_apic(leaves: &mut CpuId) {
+    for entry in leaves.as_mut_slice() {
+        match entry.function {
+            1 => entry.ecx &= !(X2APIC | TSC_DEADLINE),
+            KVM_FEATURES => entry.eax &= KVM_WITHOUT_APIC,
+            _ => {}
+        }
+    }
+}
+
 /// The extended topology: one thread in a core, `count` cores in the package.
 fn topology(function: u32, index: u32, count: u32, core_bits: u32) -> [kvm_cpuid_entry2; 3] {
     [
@@ -141,6 +159,17 @@ mod tests {
             assert_eq!(get(&cpuid, 4, 1).eax >> 14 & 0xfff, (1 << bits) - 1, "level 3 is shared");
             assert_eq!(get(&cpuid, 0x8000_0008, 0).ecx, bits << 12 | (count - 1));
         }
+    }
+
+    #[test]
+    fn a_vcpu_with_another_apic_sees_nothing_that_needs_kvm_s() {
+        let mut entries = supported().as_slice().to_vec();
+        entries[1].ecx = X2APIC | TSC_DEADLINE | 1;
+        entries.push(leaf(KVM_FEATURES, 0, [u32::MAX, 0, 0, 0]));
+        let mut cpuid = CpuId::from_entries(&entries).expect("few");
+        hide_kernel_apic(&mut cpuid);
+        assert_eq!(get(&cpuid, 1, 0).ecx, 1);
+        assert_eq!(get(&cpuid, KVM_FEATURES, 0).eax, 0x0100_102b);
     }
 
     #[test]

@@ -10,6 +10,8 @@ use std::ptr;
 use kvm_bindings::kvm_run;
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
+use crate::cpu::Kick;
+
 /// The signal of a kick.
 #[must_use]
 pub fn kick_signal() -> i32 {
@@ -38,6 +40,25 @@ extern "C" fn on_kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_v
 pub fn install_kick_handler() -> io::Result<()> {
     register_signal_handler(kick_signal(), on_kick)
         .map_err(|error| io::Error::from_raw_os_error(error.errno()))
+}
+
+/// Kicks the thread that called this: for ever, also when that has ended.
+pub(super) fn of_this_thread() -> Kick {
+    // SAFETY: these take nothing and cannot fail.
+    let (process, thread) = unsafe { (libc::getpid(), libc::gettid()) };
+    let signal = kick_signal();
+    Box::new(move || {
+        // SAFETY: sends a signal that this process handles, to a thread of its own; a number that none has any more
+        // is an error that means nothing, and to one that got it anew a kick does nothing.
+        unsafe { libc::syscall(libc::SYS_tgkill, process, thread, signal) };
+    })
+}
+
+/// Lets the calling thread sleep to the nanosecond: a halted vCPU's timer is not to be late by the 50 us that the
+/// kernel allows itself for others.
+pub(super) fn sleep_exactly() {
+    // SAFETY: takes a number, and changes nothing but when this thread's waits end.
+    unsafe { libc::prctl(libc::PR_SET_TIMERSLACK, 1_u64) };
 }
 
 /// While it lives, kicks of this thread reach the vCPU.

@@ -13,7 +13,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vmm_sys_util::signal::Killable;
 
 use super::*;
-use crate::cpu::{self, Buses, Event, Gang};
+use crate::cpu::{self, Buses, Core as _, Event, Gang};
 use crate::memory::fault::{self, Engine, Options};
 use crate::memory::store::testing::{InMemory, Pace};
 use crate::memory::{Backing, Layout, Ram};
@@ -85,7 +85,8 @@ impl Guest {
             other => other.and_then(Result::ok),
         };
         ram.memory().write_slice(code, GuestAddress(CODE)).expect("RAM");
-        let partition = Arc::new(Partition::new(ram.memory().clone(), count).expect("a partition"));
+        let partition =
+            Arc::new(Partition::new(ram.memory().clone(), count, Controllers::Kernel).expect("a partition"));
         let recorder = Arc::new(Recorder::default());
         let mut buses = Buses { port: Bus::default(), mmio: Bus::default() };
         buses.port.insert(Range { base: 0x10, len: 8 }, Arc::clone(&recorder) as _).expect("free");

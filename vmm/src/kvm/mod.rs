@@ -2,6 +2,8 @@
 //!
 //! Everything above this folder is free of KVM's types and of `unsafe` ioctl handling.
 
+mod alarm;
+mod bare;
 mod boot;
 mod cpuid;
 mod doorbell;
@@ -18,8 +20,8 @@ use std::io;
 pub use doorbell::Doorbells;
 pub use fitness::{Fitness, fitness};
 pub use interrupt::Interrupts;
-pub use kick::{install_kick_handler, kick_signal};
-pub use partition::{Partition, missing_capabilities};
+pub use kick::{Attached, install_kick_handler, kick_signal};
+pub use partition::{Controllers, Partition, missing_capabilities};
 pub use state::{CpuState, PartitionState};
 pub use vcpu::Vcpu;
 

@@ -1,4 +1,4 @@
-//! A VM: its memory, its in-kernel interrupt controllers and its clock.
+//! A VM: its memory, its clock and, unless they are Omega's own, its interrupt controllers in the kernel.
 #![allow(unsafe_code)] // Handing guest memory to KVM.
 
 use std::io;
@@ -11,6 +11,7 @@ use kvm_bindings::{
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
+use super::bare::Bare;
 use super::{Context, Doorbells, Error, Interrupts, PartitionState, Vcpu, cpuid, msr};
 
 /// Where KVM keeps three pages for VMX's real mode, below the local APICs and off all RAM (`KVM_SET_TSS_ADDR`).
@@ -31,6 +32,16 @@ const NEEDED: [(Cap, &str); 10] = [
     (Cap::VcpuEvents, "vCPU events"),
 ];
 
+/// Whose interrupt controllers a VM has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Controllers {
+    /// The kernel's, which know the vCPUs of one VM and nobody else. They are fast.
+    Kernel,
+    /// Omega's own, outside of KVM: vCPUs are to be run as [`ApicCpu`](crate::cpu::ApicCpu)s, on as many PCs as one
+    /// likes.
+    Userspace,
+}
+
 /// A VM on KVM.
 pub struct Partition {
     // Dropped after the VM: KVM reads guest memory until then.
@@ -40,15 +51,16 @@ pub struct Partition {
     msrs: Vec<u32>,
     tsc_deadline: bool,
     cpus: u8,
+    controllers: Controllers,
 }
 
 impl Partition {
-    /// Creates a VM with `memory` mapped at its addresses, in-kernel interrupt controllers, a PIT and room
-    /// for `cpus` vCPUs.
+    /// Creates a VM with `memory` mapped at its addresses, for vCPUs of a guest that has `cpus` of them; if its
+    /// `controllers` are the kernel's, with them and a PIT.
     ///
     /// # Errors
     /// [`Error::Open`], [`Error::Missing`], or KVM refuses a step.
-    pub fn new(memory: GuestMemory, cpus: u8) -> Result<Self, Error> {
+    pub fn new(memory: GuestMemory, cpus: u8, controllers: Controllers) -> Result<Self, Error> {
         let kvm = open()?;
         if let Some((_, name)) = NEEDED.iter().find(|(cap, _)| !kvm.check_extension(*cap)) {
             return Err(Error::Missing(name));
@@ -56,13 +68,15 @@ impl Partition {
         let vm = kvm.create_vm().to("create a virtual machine")?;
         map(&vm, &memory)?;
         vm.set_tss_address(TSS).to("set the task state segment's address")?;
-        vm.create_irq_chip().to("create the interrupt controllers")?;
-        let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
-        vm.create_pit2(pit).to("create the interval timer")?;
+        if controllers == Controllers::Kernel {
+            vm.create_irq_chip().to("create the interrupt controllers")?;
+            let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+            vm.create_pit2(pit).to("create the interval timer")?;
+        }
         let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).to(LIST_CPUID)?;
         let msrs = msr::saved(&kvm)?;
-        let tsc_deadline = kvm.check_extension(Cap::TscDeadlineTimer);
-        Ok(Self { vm: Arc::new(vm), memory, supported, msrs, tsc_deadline, cpus })
+        let tsc_deadline = controllers == Controllers::Kernel && kvm.check_extension(Cap::TscDeadlineTimer);
+        Ok(Self { vm: Arc::new(vm), memory, supported, msrs, tsc_deadline, cpus, controllers })
     }
 
     /// The guest's memory.
@@ -89,7 +103,7 @@ impl Partition {
     /// The in-kernel interrupt controllers as devices see them.
     ///
     /// # Errors
-    /// KVM refuses the routing of the wired interrupts.
+    /// There are none, or KVM refuses the routing of the wired interrupts.
     pub fn interrupts(&self) -> Result<Interrupts, Error> {
         Interrupts::new(Arc::clone(&self.vm))
     }
@@ -101,17 +115,24 @@ impl Partition {
     pub fn vcpu(&self, index: u8) -> Result<Vcpu, Error> {
         let fd = self.vm.create_vcpu(index.into()).to("create a vCPU")?;
         let tsc_khz = fd.get_tsc_khz().ok();
-        let cpuid = cpuid::of_vcpu(&self.supported, index, self.cpus, tsc_khz, self.tsc_deadline)?;
+        let mut cpuid = cpuid::of_vcpu(&self.supported, index, self.cpus, tsc_khz, self.tsc_deadline)?;
+        if self.controllers == Controllers::Userspace {
+            cpuid::hide_kernel_apic(&mut cpuid);
+        }
         fd.set_cpuid2(&cpuid).to("set a vCPU's CPUID leaves")?;
-        Ok(Vcpu::new(fd, index, self.msrs.clone()))
+        let bare = match self.controllers {
+            Controllers::Kernel => None,
+            Controllers::Userspace => Some(Bare::new(&fd, index == 0)?),
+        };
+        Ok(Vcpu::new(fd, index, self.msrs.clone(), bare))
     }
 
-    /// The state of the interrupt controllers, timer and clock. Only while no vCPU runs.
+    /// The state of the clock, and of the kernel's interrupt controllers and timer if there are any. Only while no vCPU runs.
     ///
     /// # Errors
     /// KVM refuses.
     pub fn save(&self) -> Result<PartitionState, Error> {
-        PartitionState::save(&self.vm)
+        PartitionState::save(&self.vm, self.controllers)
     }
 
     /// Takes over a saved state. Only while no vCPU runs.

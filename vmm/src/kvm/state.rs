@@ -8,7 +8,7 @@ use kvm_bindings::{
 use kvm_ioctls::{VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
 
-use super::{Context, Error, msr};
+use super::{Context, Controllers, Error, msr};
 
 /// Everything that a vCPU is, except its CPUID, which follows from the machine's configuration.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -19,10 +19,10 @@ pub struct CpuState {
     xsave: Vec<u32>,
     xcrs: kvm_xcrs,
     debug: kvm_debugregs,
-    events: kvm_vcpu_events,
+    pub(super) events: kvm_vcpu_events,
     mp: kvm_mp_state,
-    /// The local APIC's register page.
-    lapic: Vec<u8>,
+    /// The local APIC's register page, where it is the kernel's.
+    lapic: Option<Vec<u8>>,
     msrs: Vec<(u32, u64)>,
 }
 
@@ -40,11 +40,14 @@ impl CpuState {
         self.msrs.iter().find(|(found, _)| *found == index).map(|(_, value)| *value)
     }
 
-    pub(super) fn save(fd: &VcpuFd, msrs: &[u32]) -> Result<Self, Error> {
+    pub(super) fn save(fd: &VcpuFd, msrs: &[u32], controllers: Controllers) -> Result<Self, Error> {
         const WHAT: &str = "save a vCPU";
         // KVM settles pending events and INIT in this call, so it goes first.
         let mp = fd.get_mp_state().to(WHAT)?;
-        let lapic = fd.get_lapic().to(WHAT)?;
+        let lapic = match controllers {
+            Controllers::Kernel => Some(fd.get_lapic().to(WHAT)?),
+            Controllers::Userspace => None,
+        };
         Ok(Self {
             mp,
             regs: fd.get_regs().to(WHAT)?,
@@ -52,7 +55,7 @@ impl CpuState {
             xsave: fd.get_xsave().to(WHAT)?.region.to_vec(),
             xcrs: fd.get_xcrs().to(WHAT)?,
             debug: fd.get_debug_regs().to(WHAT)?,
-            lapic: lapic.regs.iter().map(|byte| *byte as u8).collect(),
+            lapic: lapic.map(|lapic| lapic.regs.iter().map(|byte| *byte as u8).collect()),
             msrs: msr::read(fd, msrs)?,
             events: fd.get_vcpu_events().to(WHAT)?,
         })
@@ -65,13 +68,7 @@ impl CpuState {
             return Err(Error::State(format!("its extended state has {} words", self.xsave.len())));
         }
         xsave.region.copy_from_slice(&self.xsave);
-        let mut lapic = kvm_lapic_state::default();
-        if self.lapic.len() != lapic.regs.len() {
-            return Err(Error::State(format!("its local APIC has {} bytes", self.lapic.len())));
-        }
-        for (to, from) in lapic.regs.iter_mut().zip(&self.lapic) {
-            *to = *from as libc::c_char;
-        }
+        let lapic = self.lapic.as_deref().map(lapic).transpose()?;
         fd.set_mp_state(self.mp).to(WHAT)?;
         fd.set_regs(&self.regs).to(WHAT)?;
         fd.set_sregs(&self.sregs).to(WHAT)?;
@@ -79,17 +76,32 @@ impl CpuState {
         fd.set_xcrs(&self.xcrs).to(WHAT)?;
         fd.set_debug_regs(&self.debug).to(WHAT)?;
         // The APIC's base and mode came with `sregs`; its timer's deadline comes with the MSRs.
-        fd.set_lapic(&lapic).to(WHAT)?;
+        if let Some(lapic) = lapic {
+            fd.set_lapic(&lapic).to(WHAT)?;
+        }
         msr::write(fd, &self.msrs)?;
         fd.set_vcpu_events(&self.events).to(WHAT)
     }
 }
 
+/// The kernel's form of a local APIC's page.
+fn lapic(bytes: &[u8]) -> Result<kvm_lapic_state, Error> {
+    let mut lapic = kvm_lapic_state::default();
+    if bytes.len() != lapic.regs.len() {
+        return Err(Error::State(format!("its local APIC has {} bytes", bytes.len())));
+    }
+    for (to, from) in lapic.regs.iter_mut().zip(bytes) {
+        *to = *from as libc::c_char;
+    }
+    Ok(lapic)
+}
+
 /// What of a machine lives in KVM beside its vCPUs.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct PartitionState {
+    /// Of the kernel's interrupt controllers; none where they are Omega's own.
     chips: Vec<kvm_irqchip>,
-    pit: kvm_pit_state2,
+    pit: Option<kvm_pit_state2>,
     clock: Option<kvm_clock_data>,
 }
 
@@ -101,8 +113,15 @@ impl PartitionState {
         self
     }
 
-    pub(super) fn save(vm: &VmFd) -> Result<Self, Error> {
+    pub(super) fn save(vm: &VmFd, controllers: Controllers) -> Result<Self, Error> {
         const WHAT: &str = "save the interrupt controllers";
+        let mut clock = vm.get_clock().to("save the clock")?;
+        // The host's time stamps and flags mean nothing elsewhere.
+        clock.flags = 0;
+        let clock = Some(clock);
+        if controllers == Controllers::Userspace {
+            return Ok(Self { chips: Vec::new(), pit: None, clock });
+        }
         let chips = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC]
             .map(|chip_id| {
                 let mut chip = kvm_irqchip { chip_id, ..Default::default() };
@@ -110,17 +129,16 @@ impl PartitionState {
             })
             .into_iter()
             .collect::<Result<_, _>>()?;
-        let mut clock = vm.get_clock().to("save the clock")?;
-        // The host's time stamps and flags mean nothing elsewhere.
-        clock.flags = 0;
-        Ok(Self { chips, pit: vm.get_pit2().to("save the timer")?, clock: Some(clock) })
+        Ok(Self { chips, pit: Some(vm.get_pit2().to("save the timer")?), clock })
     }
 
     pub(super) fn restore(&self, vm: &VmFd) -> Result<(), Error> {
         for chip in &self.chips {
             vm.set_irqchip(chip).to("restore the interrupt controllers")?;
         }
-        vm.set_pit2(&self.pit).to("restore the timer")?;
+        if let Some(pit) = &self.pit {
+            vm.set_pit2(pit).to("restore the timer")?;
+        }
         match &self.clock {
             Some(clock) => vm.set_clock(clock).to("restore the clock"),
             None => Ok(()),

@@ -3,11 +3,13 @@
 
 use kvm_bindings::{
     KVM_EXIT_FAIL_ENTRY, KVM_EXIT_HLT, KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_INTR, KVM_EXIT_IO, KVM_EXIT_IO_IN,
-    KVM_EXIT_MEMORY_FAULT, KVM_EXIT_MMIO, KVM_EXIT_SHUTDOWN, kvm_run, kvm_xsave,
+    KVM_EXIT_IRQ_WINDOW_OPEN, KVM_EXIT_MEMORY_FAULT, KVM_EXIT_MMIO, KVM_EXIT_SET_TPR, KVM_EXIT_SHUTDOWN,
+    kvm_run, kvm_xsave,
 };
 use kvm_ioctls::VcpuFd;
 
-use super::{CpuState, Error, kick};
+use super::bare::Bare;
+use super::{Controllers, CpuState, Error};
 use crate::cpu::{Data, Processor, VmEntry, VmExit};
 
 /// A vCPU. Its thread owns it while it runs.
@@ -16,6 +18,8 @@ pub struct Vcpu {
     index: u8,
     msrs: Vec<u32>,
     pending: Pending,
+    /// Of a vCPU whose interrupt controllers are not the kernel's.
+    pub(super) bare: Option<Bare>,
 }
 
 /// Where the answer to the last exit goes.
@@ -38,8 +42,13 @@ struct PortAccess {
 }
 
 impl Vcpu {
-    pub(super) fn new(fd: VcpuFd, index: u8, msrs: Vec<u32>) -> Self {
-        Self { fd, index, msrs, pending: Pending::None }
+    pub(super) fn new(fd: VcpuFd, index: u8, msrs: Vec<u32>, bare: Option<Bare>) -> Self {
+        Self { fd, index, msrs, pending: Pending::None, bare }
+    }
+
+    /// Whose local APIC it has.
+    pub(super) fn controllers(&self) -> Controllers {
+        if self.bare.is_some() { Controllers::Userspace } else { Controllers::Kernel }
     }
 
     /// Its number, which is its APIC id.
@@ -48,9 +57,9 @@ impl Vcpu {
         self.index
     }
 
-    /// Lets kicks of the calling thread reach this vCPU while the guard lives.
-    pub fn attach(&mut self) -> kick::Attached {
-        kick::attach(self.fd.get_kvm_run())
+    /// What this process and KVM tell each other about it.
+    pub(super) fn kvm_run(&mut self) -> &mut kvm_run {
+        self.fd.get_kvm_run()
     }
 
     /// KVM's handle, for boot state and tests.
@@ -63,7 +72,7 @@ impl Vcpu {
     /// # Errors
     /// KVM refuses.
     pub fn save(&self) -> Result<CpuState, Error> {
-        CpuState::save(&self.fd, &self.msrs)
+        CpuState::save(&self.fd, &self.msrs, self.controllers())
     }
 
     /// Takes over a saved state.
@@ -72,7 +81,9 @@ impl Vcpu {
     /// The state is not one that KVM takes.
     pub fn restore(&mut self, state: &CpuState) -> Result<(), Error> {
         self.pending = Pending::None;
-        state.restore(&self.fd)
+        state.restore(&self.fd)?;
+        self.bare.iter_mut().for_each(|bare| bare.restored(state));
+        Ok(())
     }
 
     /// The element of a port access in `kvm_run`'s mapping.
@@ -138,7 +149,7 @@ impl Vcpu {
                     VmExit::MmioWrite { address, data: Data::new(&mmio.data, size.into()) }
                 }
             }
-            KVM_EXIT_INTR => VmExit::Interrupted,
+            KVM_EXIT_INTR | KVM_EXIT_IRQ_WINDOW_OPEN | KVM_EXIT_SET_TPR => VmExit::Interrupted,
             KVM_EXIT_HLT => VmExit::Halted,
             KVM_EXIT_SHUTDOWN => VmExit::TripleFault,
             KVM_EXIT_FAIL_ENTRY => {
@@ -169,7 +180,11 @@ impl Processor for Vcpu {
             return self.port(PortAccess { left: access.left - 1, offset, ..access });
         }
         self.pending = Pending::None;
-        match self.fd.run().map(drop) {
+        let result = self.fd.run().map(drop);
+        if let Some(bare) = &mut self.bare {
+            bare.left(self.fd.get_kvm_run());
+        }
+        match result {
             Ok(()) => self.exit(),
             // EAGAIN: the vCPU waited for its start and was woken.
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {

@@ -14,12 +14,14 @@ use devices::virtio::VirtioDevice;
 use devices::virtio::pci::VirtioPci;
 use transport::metrics::Metrics;
 
-use super::parts::{Counters, Device, Parts};
-use super::{Error, Machine, Options, cards, disks, paging, peripherals};
+use super::parts::{Counters, Device, Parts, lock};
+use super::processor::VcpuState;
+use super::{Error, Machine, Options, cards, controllers, disks, paging, peripherals};
 use crate::config;
 use crate::console::Hub;
 use crate::cpu::{Buses, Gang};
-use crate::kvm::{Doorbells, Interrupts, Partition};
+use crate::interrupt::Board;
+use crate::kvm::{Doorbells, Partition};
 use crate::loader::Kernel;
 use crate::memory::{Backing, ECAM, Layout, Ram, WINDOW_32};
 
@@ -30,7 +32,8 @@ const CONFIG_PORTS: Range = Range { base: 0xcf8, len: 8 };
 pub(super) struct Assembly {
     pub(super) buses: Buses,
     pub(super) devices: Vec<Device>,
-    pub(super) interrupts: Interrupts,
+    pub(super) interrupts: Arc<dyn InterruptController>,
+    board: Option<Arc<Board>>,
     pub(super) doorbells: Arc<Doorbells>,
     pub(super) memory: Arc<devices::GuestMemory>,
     pub(super) pci: Arc<PciRoot>,
@@ -66,7 +69,7 @@ impl Assembly {
         counters: Option<Counters>,
     ) -> Result<(), Error> {
         let (memory, doorbells) = (Arc::clone(&self.memory), Arc::clone(&self.doorbells));
-        let function = VirtioPci::new(device, memory, &self.interrupts, doorbells as _)
+        let function = VirtioPci::new(device, memory, &*self.interrupts, doorbells as _)
             .map_err(|why| broken(name, &why))?;
         self.next_slot += 1;
         self.pci.add(self.next_slot, Arc::clone(&function) as _).map_err(|why| broken(name, &why))?;
@@ -102,12 +105,15 @@ pub(super) fn assemble(guest: &config::Guest, options: &Options) -> Result<Machi
     let ram = Ram::new(&layout, backing)?;
     // Before anything touches RAM: what does from here on may fault.
     let paging = paging::start(&ram, guest, options.identity.as_ref())?;
-    let partition = Partition::new(ram.memory().clone(), count)?;
+    let controllers = guest.interrupt_controllers();
+    let partition = Partition::new(ram.memory().clone(), count, controllers::of_partition(controllers))?;
+    let board = controllers::board(controllers)?;
     let high = Some(layout.window_64());
     let mut assembly = Assembly {
         buses: Buses::default(),
         devices: Vec::new(),
-        interrupts: partition.interrupts()?,
+        interrupts: controllers::for_devices(&partition, board.as_ref())?,
+        board,
         doorbells: Arc::new(partition.doorbells()),
         memory: Arc::new(ram.memory().clone()),
         pci: Arc::new(PciRoot::new(Windows { low: WINDOW_32, high })),
@@ -118,18 +124,16 @@ pub(super) fn assemble(guest: &config::Guest, options: &Options) -> Result<Machi
     cards::add(&mut assembly, guest)?;
     let balloon = peripherals::add(&mut assembly, guest, options.console.as_ref(), paging.as_ref())?;
     pci(&mut assembly)?;
-    let vcpus = (0..count).map(|index| partition.vcpu(index)).collect::<Result<Vec<_>, _>>()?;
-    let cpus = vcpus
-        .iter()
-        .map(|vcpu| vcpu.save().map(crate::kvm::CpuState::without_clock))
-        .collect::<Result<_, _>>()?;
+    let vcpus = controllers::vcpus(&partition, count, assembly.board.as_ref())?;
+    let cpus =
+        vcpus.iter().map(|vcpu| lock(vcpu).save().map(VcpuState::without_clock)).collect::<Result<_, _>>()?;
     let power_on = (cpus, partition.save()?.without_clock());
     let (events, received) = mpsc::channel();
     let (end, ended) = mpsc::channel();
     let parts = Parts {
         guest: guest.clone(),
         layout,
-        vcpus: vcpus.into_iter().map(Mutex::new).collect(),
+        vcpus,
         exits: (0..count).map(|_| AtomicU64::new(0)).collect(),
         buses: assembly.buses,
         gang: Gang::new(count.into()),
@@ -169,12 +173,7 @@ fn platform(assembly: &mut Assembly, layout: &Layout, hub: &Hub) -> Result<Arc<P
     assembly.add_port("pm", "ACPI power management", ports::PM, Arc::clone(&pm))?;
     let ram = RamSize { below_4g: layout.low().len, above_4g: layout.high().map_or(0, |high| high.len) };
     assembly.add_port("rtc", "CMOS clock", ports::RTC, Arc::new(Rtc::new(ram)))?;
-    assembly.add_port(
-        "i8042",
-        "keyboard controller, for its reset line",
-        ports::I8042,
-        Arc::new(I8042::default()),
-    )?;
+    keyboard(assembly)?;
     assembly.add_port(
         "port92",
         "fast reset",
@@ -183,6 +182,24 @@ fn platform(assembly: &mut Assembly, layout: &Layout, hub: &Hub) -> Result<Arc<P
     )?;
     assembly.add_port("pvpanic", "panic notification", ports::PVPANIC, Arc::new(Pvpanic))?;
     Ok(pm)
+}
+
+/// The keyboard controller, and the interrupt controllers where they are not the kernel's: the PIT has a port among
+/// those of the keyboard controller.
+fn keyboard(assembly: &mut Assembly) -> Result<(), Error> {
+    let keyboard = Arc::new(I8042::default());
+    let on_bus: Arc<dyn BusDevice> = match assembly.board.clone() {
+        None => Arc::clone(&keyboard) as _,
+        Some(board) => {
+            board.insert(&mut assembly.buses).map_err(|why| broken("chipset", &why))?;
+            let beside = board.beside(Arc::clone(&keyboard));
+            assembly.add("chipset", "I/O APIC, PIC and PIT outside of the kernel", board);
+            Arc::new(beside)
+        }
+    };
+    assembly.buses.port.insert(ports::I8042, on_bus).map_err(|why| broken("i8042", &why))?;
+    assembly.add("i8042", "keyboard controller, for its reset line", keyboard);
+    Ok(())
 }
 
 /// Puts the PCI host on the buses; its functions are there already.

@@ -8,16 +8,17 @@ use serde::Serialize;
 
 use super::paging::Paging;
 use super::parts::{Parts, lock};
+use super::processor::VcpuState;
 use super::{Error, Exit};
 use crate::config;
 use crate::control::{
     self, Controlled, Counters, DeviceStatus, HelperStatus, MemoryStatus, Peers, State, Status, Waiting,
 };
-use crate::kvm::{CpuState, PartitionState};
+use crate::kvm::PartitionState;
 use crate::units::Bytes;
 
 /// The version of the saved state's layout.
-const STATE_VERSION: u32 = 1;
+const STATE_VERSION: u32 = 2;
 
 /// Controls one machine.
 pub struct Controller {
@@ -27,7 +28,7 @@ pub struct Controller {
 #[derive(Serialize)]
 struct Saved {
     version: u32,
-    vcpus: Vec<CpuState>,
+    vcpus: Vec<VcpuState>,
     partition: PartitionState,
     devices: BTreeMap<String, devices::lifecycle::DeviceState>,
 }

@@ -18,6 +18,7 @@ mod agents;
 mod assembly;
 mod cards;
 mod controller;
+mod controllers;
 mod disks;
 mod ending;
 mod keeper;
@@ -26,6 +27,7 @@ mod lent;
 mod paging;
 mod parts;
 mod peripherals;
+mod processor;
 mod startup;
 mod vcpus;
 

@@ -10,13 +10,15 @@ use devices::platform::Pm;
 use devices::virtio::balloon;
 use transport::metrics::Metrics;
 
+use super::controllers::Vcpus;
 use super::paging::{Held, Paging};
+use super::processor::VcpuState;
 use super::{Error, Exit};
 use crate::acpi;
 use crate::config;
 use crate::control::State;
 use crate::cpu::{Buses, Event, Gang, Stuck};
-use crate::kvm::{CpuState, Partition, PartitionState, Vcpu};
+use crate::kvm::{Partition, PartitionState};
 use crate::loader::Kernel;
 use crate::memory::{Layout, Ram};
 
@@ -41,7 +43,7 @@ pub(super) type Counters = Box<dyn Fn() -> Vec<(&'static str, u64)> + Send + Syn
 pub(super) struct Parts {
     pub(super) guest: config::Guest,
     pub(super) layout: Layout,
-    pub(super) vcpus: Vec<Mutex<Vcpu>>,
+    pub(super) vcpus: Vcpus,
     pub(super) exits: Vec<AtomicU64>,
     pub(super) buses: Buses,
     pub(super) gang: Gang,
@@ -54,7 +56,7 @@ pub(super) struct Parts {
     pub(super) started: Instant,
     pub(super) resets: AtomicU64,
     /// What a reset goes back to.
-    pub(super) power_on: (Vec<CpuState>, PartitionState),
+    pub(super) power_on: (Vec<VcpuState>, PartitionState),
     /// Held by whoever starts, pauses, resumes, resets or saves.
     pub(super) life: Mutex<()>,
     pub(super) state: AtomicU8,

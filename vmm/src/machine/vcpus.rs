@@ -9,7 +9,7 @@ use vmm_sys_util::signal::Killable;
 
 use super::Error;
 use super::parts::{Parts, lock};
-use crate::cpu;
+use crate::cpu::{self, Kick};
 use crate::kvm::{install_kick_handler, kick_signal};
 
 /// The threads of a machine's vCPUs.
@@ -32,19 +32,21 @@ impl Threads {
 pub(super) fn start(parts: &Arc<Parts>) -> Result<Threads, Error> {
     install_kick_handler().map_err(Error::Thread)?;
     let threads = Threads(Arc::default());
+    let kicks: Vec<Option<Kick>> = parts.vcpus.iter().map(|vcpu| lock(vcpu).kick()).collect();
+    let kicked = threads.clone();
+    parts.gang.set_kick(Box::new(move || {
+        kicks.iter().flatten().for_each(|kick| kick());
+        for (thread, _) in lock(&kicked.0).iter().zip(&kicks).filter(|(_, kick)| kick.is_none()) {
+            // A thread that has ended needs no kick.
+            let _ = thread.kill(kick_signal());
+        }
+    }));
     for index in 0..parts.vcpus.len() {
         let parts = Arc::clone(parts);
         let thread =
             spawn(Role::Vcpu, &format!("vcpu{index}"), move || body(&parts, index)).map_err(Error::Thread)?;
         lock(&threads.0).push(thread);
     }
-    let kicked = threads.clone();
-    parts.gang.set_kick(Box::new(move || {
-        for thread in &*lock(&kicked.0) {
-            // A thread that has ended needs no kick.
-            let _ = thread.kill(kick_signal());
-        }
-    }));
     Ok(threads)
 }
 
@@ -69,6 +71,6 @@ fn body(parts: &Parts, index: usize) {
         if mem::take(&mut first) {
             report_first_entry();
         }
-        cpu::run(index as u8, &mut *vcpu, &parts.buses, &parts.gang, &parts.events, &parts.exits[index]);
+        cpu::run(index as u8, &mut **vcpu, &parts.buses, &parts.gang, &parts.events, &parts.exits[index]);
     }
 }

@@ -11,8 +11,9 @@ use libc::{
     SYS_preadv2, SYS_pwrite64, SYS_pwritev, SYS_read, SYS_readv, SYS_recvfrom, SYS_recvmsg,
     SYS_restart_syscall, SYS_rmdir, SYS_rseq, SYS_rt_sigaction, SYS_rt_sigprocmask, SYS_rt_sigreturn,
     SYS_sched_getaffinity, SYS_sched_yield, SYS_seccomp, SYS_sendmsg, SYS_sendto, SYS_set_robust_list,
-    SYS_setsockopt, SYS_shutdown, SYS_sigaltstack, SYS_socket, SYS_statx, SYS_tgkill, SYS_timerfd_settime,
-    SYS_unlink, SYS_unlinkat, SYS_write, SYS_writev,
+    SYS_setsockopt, SYS_shutdown, SYS_sigaltstack, SYS_socket, SYS_statx, SYS_tgkill, SYS_timer_create,
+    SYS_timer_delete, SYS_timer_settime, SYS_timerfd_settime, SYS_unlink, SYS_unlinkat, SYS_write,
+    SYS_writev,
 };
 
 /// A permitted system call.
@@ -114,7 +115,15 @@ const EVERY: &[Call] = &[
 ];
 
 /// Runs the guest, answers its exits: routes interrupts, moves doorbells when BARs move.
-const VCPU: &[Call] = &[KVM_IOCTLS, any(SYS_eventfd2)];
+const VCPU: &[Call] = &[
+    KVM_IOCTLS,
+    any(SYS_eventfd2),
+    // A local APIC of Omega's own: its timer kicks the vCPU's thread, and wakes it on time.
+    any(SYS_timer_create),
+    any(SYS_timer_settime),
+    any(SYS_timer_delete),
+    equal(SYS_prctl, 0, libc::PR_SET_TIMERSLACK),
+];
 
 /// An io_uring, and what is done outside of it.
 const URING: &[Call] = &[
