@@ -2,3 +2,5 @@
 //! runs elsewhere, and the helper's part of a guest. Drawn in `docs/span-protocol.md`.
 
 pub mod protocol;
+pub mod remote;
+pub mod share;

@@ -67,6 +67,8 @@ pub struct Create {
     pub here: SmallVec<[u8; 16]>,
     /// The guest's RAM in bytes.
     pub ram: u64,
+    /// How many pages of it each member is home to, in order along the RAM: one number for each member.
+    pub homes: SmallVec<[u64; 4]>,
     /// The rate of the guest's time stamp counter in kHz.
     pub tsc_khz: u32,
 }
@@ -215,6 +217,7 @@ impl Create {
         out.push(self.here.len() as u8);
         out.extend_from_slice(&self.here);
         out.extend(self.ram.to_le_bytes());
+        self.homes.iter().for_each(|pages| out.extend(pages.to_le_bytes()));
         out.extend(self.tsc_khz.to_le_bytes());
     }
 
@@ -222,7 +225,9 @@ impl Create {
         let [member, members, shards, address_bits, cpus, count] = reader.array()?;
         let member = Member::new(member).ok_or_else(|| reader.malformed())?;
         let here = SmallVec::from_slice(reader.take(count.into())?);
-        let (ram, tsc_khz) = (reader.u64()?, reader.u32()?);
+        let ram = reader.u64()?;
+        let homes = (0..members.min(MEMBERS as u8)).map(|_| reader.u64()).collect::<Result<_, _>>()?;
+        let tsc_khz = reader.u32()?;
         let ascends = here.is_sorted_by(|a, b| a < b) && here.first().is_some_and(|first| *first > 0);
         let fits = (2..=MEMBERS as u8).contains(&members)
             && (1..members).contains(&member.number())
@@ -233,7 +238,7 @@ impl Create {
             && here.last().is_some_and(|last| *last < cpus)
             && fits_ram(ram)
             && tsc_khz > 0;
-        let create = Self { member, members, shards, address_bits, cpus, here, ram, tsc_khz };
+        let create = Self { member, members, shards, address_bits, cpus, here, ram, homes, tsc_khz };
         if fits { Ok(create) } else { Err(reader.malformed()) }
     }
 }

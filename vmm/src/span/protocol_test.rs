@@ -24,6 +24,7 @@ fn create() -> Create {
         cpus: 4,
         here: smallvec![2, 3],
         ram: 2 << 30,
+        homes: smallvec![1 << 18, 1 << 18],
         tsc_khz: 2_400_000,
     }
 }

@@ -1,0 +1,532 @@
+//! A helper's part of a guest: its vCPUs and its memory, driven by what comes down the vCPU line.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{Builder, JoinHandle};
+use std::time::{Duration, Instant};
+
+use devices::interrupt::{ApicId, Message, Nanos, Targets, View};
+use serde::{Deserialize, Serialize};
+use transport::buffer::Buffer;
+use transport::line::{Hear, MOST_PAYLOAD, Sender};
+
+use super::protocol::{Create, Moment, Part, ToConsole, ToHelper};
+use super::share::gather;
+use crate::cpu::{
+    ApicCpu, ApicState, Clock, Core as _, Elsewhere, Fabric, Inbox, Place, Processor, Switch, VmEntry,
+};
+use crate::kvm::{Controllers, CpuState, Partition, Vcpu, install_kick_handler};
+use crate::memory::coherence::message::{Member, Members};
+use crate::memory::coherence::{self, Engine, Homes, Lines};
+use crate::memory::frames::Pieces;
+use crate::memory::{Backing, Layout, Ram};
+use crate::units::Bytes;
+
+/// How long vCPUs may take to leave guest code at the end.
+const LEAVING: Duration = Duration::from_secs(2);
+const CONSOLE: u8 = 0;
+
+/// Everything that a vCPU is, with its local APIC.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VcpuState {
+    /// The processor.
+    pub cpu: CpuState,
+    /// Its local APIC.
+    pub apic: ApicState,
+}
+
+/// What a guest may have here at most.
+#[derive(Clone, Debug)]
+pub struct Terms {
+    /// Later leases have greater ones.
+    pub epoch: u64,
+    /// How many vCPUs.
+    pub cpus: u8,
+    /// How much RAM in bytes.
+    pub ram: u64,
+}
+
+/// A vCPU's thread has to do this.
+enum Order {
+    Enter(VmEntry),
+    Save,
+    Restore(Vec<u8>),
+    End,
+}
+
+/// So many orders of a vCPU wait at most.
+const MOST_ORDERS: usize = 4;
+
+/// What the line's thread and the vCPU's thread share.
+struct Seat {
+    number: u8,
+    inbox: Arc<Inbox>,
+    orders: Mutex<VecDeque<Order>>,
+    ordered: Condvar,
+    entered: AtomicBool,
+    /// The parts of a state that came.
+    parts: Mutex<Vec<u8>>,
+}
+
+/// The vCPUs of one guest at this PC, until they are dropped.
+struct Running {
+    seats: Vec<Arc<Seat>>,
+    threads: Vec<JoinHandle<()>>,
+    switch: Arc<Switch>,
+    clock: Arc<Clock>,
+    member: Member,
+    ear: coherence::Ear,
+    // In this order: nobody touches RAM when its engine ends.
+    partition: Option<Partition>,
+    engine: Option<Engine>,
+    ram: Option<Ram>,
+}
+
+enum Phase {
+    /// The guest's part is not described yet.
+    Waiting,
+    Running(Box<Running>),
+    Over,
+}
+
+/// A helper's part of a guest, which hears its vCPU line. Dropped, it ends.
+pub struct Host {
+    terms: Terms,
+    sender: Sender,
+    /// Down the memory line, whether or not it is there.
+    memory: Sender,
+    phase: Mutex<Phase>,
+    heard: Mutex<Instant>,
+    over: AtomicBool,
+}
+
+/// Hears the memory line of a [`Host`].
+pub struct MemoryEar(Arc<Host>);
+
+impl Host {
+    /// A part within `terms`. What it says goes to `sender` and, about memory, to `memory`.
+    #[must_use]
+    pub fn new(terms: Terms, sender: Sender, memory: Sender) -> Arc<Self> {
+        let (epoch, tsc_khz) = (terms.epoch, crate::kvm::tsc_khz().unwrap_or(0));
+        sender.send(&ToConsole::Granted { epoch, tsc_khz }.encode(), None);
+        Arc::new(Self {
+            terms,
+            sender,
+            memory,
+            phase: Mutex::new(Phase::Waiting),
+            heard: Mutex::new(Instant::now()),
+            over: AtomicBool::new(false),
+        })
+    }
+
+    /// The lease's epoch.
+    #[must_use]
+    pub fn epoch(&self) -> u64 {
+        self.terms.epoch
+    }
+
+    /// Who hears the memory line.
+    #[must_use]
+    pub fn memory_ear(self: &Arc<Self>) -> Arc<MemoryEar> {
+        Arc::new(MemoryEar(Arc::clone(self)))
+    }
+
+    /// Down the memory line.
+    #[must_use]
+    pub fn memory(&self) -> Sender {
+        self.memory.clone()
+    }
+
+    /// Whether it has ended.
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        self.over.load(Ordering::SeqCst)
+    }
+
+    /// For how long the console node was not heard.
+    #[must_use]
+    pub fn silence(&self) -> Duration {
+        self.heard.lock().unwrap_or_else(PoisonError::into_inner).elapsed()
+    }
+
+    /// Makes its vCPUs leave guest code; they go on when the console node enters them again.
+    pub fn stop(&self) {
+        if let Phase::Running(running) = &*self.phase() {
+            running.seats.iter().for_each(|seat| seat.inbox.kick());
+        }
+    }
+
+    /// Ends it, and tells the console node why. Returns before the vCPUs have ended.
+    pub fn end(&self, why: &str) {
+        self.over.store(true, Ordering::SeqCst);
+        let phase = std::mem::replace(&mut *self.phase(), Phase::Over);
+        self.sender.end(why);
+        self.memory.end(why);
+        if let Phase::Running(running) = phase {
+            // The threads of lines have other guests to hear.
+            let _ = Builder::new().name("span-end".to_owned()).spawn(move || running.end());
+        }
+    }
+
+    fn phase(&self) -> MutexGuard<'_, Phase> {
+        self.phase.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn fail(&self, why: &str) {
+        tracing::warn!(%why, "A guest's vCPUs here cannot go on");
+        self.sender.send(&ToConsole::Failed(why.to_owned()).encode(), None);
+        self.end(why);
+    }
+
+    /// # Errors
+    /// The console node broke the protocol, or this PC cannot do what it asks.
+    fn take(self: &Arc<Self>, body: &[u8], payload: Option<Buffer>) -> Result<(), String> {
+        *self.heard.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+        match ToHelper::decode(body).map_err(|error| error.to_string())? {
+            ToHelper::Create(create) => return self.create(&create),
+            ToHelper::Probe(number, sent) => {
+                let there = Moment { tsc: crate::kvm::tsc_now(), monotonic: crate::cpu::monotonic() };
+                self.sender.send(&ToConsole::Answer(number, sent, there).encode(), None);
+                return Ok(());
+            }
+            ToHelper::End(why) => {
+                self.end(&why);
+                return Ok(());
+            }
+            message => match &*self.phase() {
+                Phase::Running(running) => running.take(message, payload),
+                Phase::Waiting => Err("vCPUs before they were described".to_owned()),
+                Phase::Over => Ok(()),
+            },
+        }
+    }
+
+    fn create(self: &Arc<Self>, create: &Create) -> Result<(), String> {
+        let mut phase = self.phase();
+        match &*phase {
+            Phase::Waiting => {}
+            Phase::Running(_) => return Err("vCPUs that are there already".to_owned()),
+            Phase::Over => return Ok(()),
+        }
+        if create.here.len() > self.terms.cpus.into() || create.ram > self.terms.ram {
+            return Err("more than was asked for".to_owned());
+        }
+        let host = Arc::downgrade(self);
+        let broken = Box::new(move |why: &str| {
+            if let Some(host) = host.upgrade() {
+                host.fail(why);
+            }
+        });
+        let running = Running::new(create, &self.sender, &self.memory, broken).map_err(|error| error.to_string())?;
+        *phase = Phase::Running(Box::new(running));
+        drop(phase);
+        self.sender.send(&ToConsole::Created.encode(), None);
+        Ok(())
+    }
+}
+
+impl Hear for HostEar {
+    fn hear(&self, body: &[u8], payload: Option<Buffer>) {
+        if let Err(why) = self.0.take(body, payload) {
+            self.0.fail(&why);
+        }
+    }
+
+    fn away(&self, why: &str) {
+        tracing::info!(%why, "The console node is not heard; its guest's vCPUs stop");
+        self.0.stop();
+    }
+
+    fn back(&self) {}
+
+    fn over(&self, why: &str) {
+        self.0.end(why);
+    }
+}
+
+/// Hears the vCPU line of a [`Host`].
+pub struct HostEar(pub Arc<Host>);
+
+impl Hear for MemoryEar {
+    fn hear(&self, body: &[u8], payload: Option<Buffer>) {
+        let ear = match &*self.0.phase() {
+            Phase::Running(running) => running.ear.clone(),
+            Phase::Waiting | Phase::Over => return,
+        };
+        if let Some(console) = Member::new(CONSOLE) {
+            ear.hear(console, body, payload);
+        }
+    }
+
+    fn away(&self, _why: &str) {}
+
+    fn back(&self) {}
+
+    fn over(&self, why: &str) {
+        self.0.end(why);
+    }
+}
+
+/// Why a guest's part cannot be made here.
+#[derive(Debug, thiserror::Error)]
+enum Unmade {
+    #[error("{0} bytes of RAM do not fit into {1}-bit guest addresses")]
+    Layout(u64, u8),
+    #[error(transparent)]
+    Memory(#[from] crate::memory::Error),
+    #[error(transparent)]
+    Coherence(#[from] coherence::EngineError),
+    #[error(transparent)]
+    Kvm(#[from] crate::kvm::Error),
+    #[error("A vCPU's thread cannot be started: {0}")]
+    Thread(#[from] std::io::Error),
+    #[error("The members do not fit each other")]
+    Members,
+}
+
+/// The way to the other members' memory: all by the console node.
+struct Down(Sender);
+
+impl Lines for Down {
+    fn send(&self, _to: Member, body: &[u8], content: Option<Buffer>) {
+        self.0.send(body, content);
+    }
+}
+
+impl Running {
+    fn new(
+        create: &Create,
+        sender: &Sender,
+        memory: &Sender,
+        broken: coherence::Broken,
+    ) -> Result<Self, Unmade> {
+        let unfit = || Unmade::Layout(create.ram, create.address_bits);
+        let layout = Layout::new(Bytes(create.ram), create.address_bits).ok_or_else(unfit)?;
+        let ram = Ram::new(&layout, Backing::Shared)?;
+        let options = options(create).ok_or(Unmade::Members)?;
+        let down = Arc::new(Down(memory.clone()));
+        let engine = Engine::start(&ram, &options, down, broken, Vec::new())?;
+        let partition = Partition::new(ram.memory().clone(), create.cpus, Controllers::Userspace)?;
+        install_kick_handler()?;
+        let switch = Arc::new(Switch::default());
+        let clock = Arc::new(Clock::saying(Nanos(0)));
+        let fabric = Arc::new(Outward { switch: Arc::clone(&switch), sender: sender.clone() });
+        let elsewhere = Arc::clone(&fabric) as Arc<dyn Elsewhere>;
+        let mut made = Vec::new();
+        for number in 0..create.cpus {
+            let view = View { id: ApicId(number), ldr: 0, dfr: 0xf, tpr: 0, enabled: false };
+            if !create.here.contains(&number) {
+                switch.put(view, Place::Elsewhere(Arc::clone(&elsewhere)));
+                continue;
+            }
+            let inbox = Arc::new(Inbox::default());
+            switch.put(view, Place::Here(Arc::clone(&inbox)));
+            let (fabric, clock) = (Arc::clone(&fabric) as Arc<dyn Fabric>, Arc::clone(&clock));
+            let vcpu = partition.vcpu(number)?;
+            let cpu = ApicCpu::new(vcpu, ApicId(number), false, Arc::clone(&inbox), fabric, clock);
+            made.push((cpu, Seat::new(number, inbox)));
+        }
+        let mut running = Self {
+            seats: Vec::new(),
+            threads: Vec::new(),
+            switch,
+            clock,
+            member: options.me,
+            ear: engine.ear(),
+            partition: Some(partition),
+            engine: Some(engine),
+            ram: Some(ram),
+        };
+        for (cpu, seat) in made {
+            let (sender, ours) = (sender.clone(), Arc::clone(&seat));
+            let thread = Builder::new().name(format!("vcpu{}", seat.number));
+            running.threads.push(thread.spawn(move || ours.run(cpu, &sender))?);
+            running.seats.push(seat);
+        }
+        tracing::info!(member = ?running.member, vcpus = running.seats.len(), "A guest's vCPUs are here");
+        Ok(running)
+    }
+
+    fn seat(&self, number: u8) -> Result<&Seat, String> {
+        let seat = self.seats.iter().find(|seat| seat.number == number);
+        seat.map(|seat| &**seat).ok_or_else(|| format!("vCPU {number} is not here"))
+    }
+
+    fn take(&self, message: ToHelper, payload: Option<Buffer>) -> Result<(), String> {
+        match message {
+            ToHelper::Enter(number, entry) => self.seat(number)?.order(Order::Enter(entry))?,
+            ToHelper::Kick(number) => self.seat(number)?.inbox.kick(),
+            ToHelper::Interrupt(targets, message) => self.switch.post_here(targets, &message),
+            ToHelper::View(view) => {
+                if self.seat(view.id.0).is_err() {
+                    self.switch.set_view(view);
+                }
+            }
+            ToHelper::Save(number) => self.seat(number)?.order(Order::Save)?,
+            ToHelper::Restore(part) => {
+                let seat = self.seat(part.cpu)?;
+                let mut parts = seat.parts.lock().unwrap_or_else(PoisonError::into_inner);
+                if gather(&mut parts, part, &payload.unwrap_or_default())? {
+                    seat.order(Order::Restore(std::mem::take(&mut parts)))?;
+                }
+            }
+            ToHelper::Clock { nanos, tsc: _ } => {
+                self.clock.set(Nanos(crate::cpu::monotonic().0.wrapping_add(nanos)));
+            }
+            ToHelper::Create(_) | ToHelper::Probe(..) | ToHelper::End(_) => {}
+        }
+        Ok(())
+    }
+
+    /// Ends everything, in order. A vCPU that does not leave guest code, because its page never comes, keeps what it
+    /// needs: it is never to read what is not true.
+    fn end(mut self) {
+        for seat in &self.seats {
+            let _ = seat.order(Order::End);
+            seat.inbox.kick();
+        }
+        let until = Instant::now() + LEAVING;
+        while !self.threads.iter().all(JoinHandle::is_finished) {
+            if Instant::now() > until {
+                tracing::warn!("A guest's vCPU hangs at its end; its memory stays until the agent ends");
+                std::mem::forget(self);
+                return;
+            }
+            for seat in &self.seats {
+                seat.inbox.kick();
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        for thread in self.threads.drain(..) {
+            // It has nothing to say.
+            let _ = thread.join();
+        }
+        drop(self.partition.take());
+        drop(self.engine.take());
+        drop(self.ram.take());
+        tracing::info!("A guest's vCPUs here have ended");
+    }
+}
+
+fn options(create: &Create) -> Option<coherence::Options> {
+    let members: Vec<Member> = (0..create.members).filter_map(Member::new).collect();
+    let parts: Vec<(Member, u64)> = members.iter().copied().zip(create.homes.iter().copied()).collect();
+    let pieces = Pieces::new(Bytes(create.ram));
+    let homes = Homes::sliced(pieces, &parts)?;
+    let members = members.into_iter().fold(Members::default(), Members::with);
+    let shards = u32::from(create.shards).min(pieces.count());
+    Some(coherence::Options { me: create.member, members, homes, shards })
+}
+
+impl Seat {
+    fn new(number: u8, inbox: Arc<Inbox>) -> Arc<Self> {
+        let (orders, ordered, entered) = (Mutex::default(), Condvar::new(), AtomicBool::new(false));
+        Arc::new(Self { number, inbox, orders, ordered, entered, parts: Mutex::default() })
+    }
+
+    fn order(&self, order: Order) -> Result<(), String> {
+        let mut orders = self.orders.lock().unwrap_or_else(PoisonError::into_inner);
+        let enters = matches!(order, Order::Enter(_));
+        if enters && self.entered.swap(true, Ordering::SeqCst) || orders.len() >= MOST_ORDERS {
+            return Err(format!("vCPU {} is asked for too much at once", self.number));
+        }
+        orders.push_back(order);
+        drop(orders);
+        self.ordered.notify_one();
+        Ok(())
+    }
+
+    fn next(&self) -> Order {
+        let mut orders = self.orders.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            if let Some(order) = orders.pop_front() {
+                return order;
+            }
+            orders = self.ordered.wait(orders).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// The vCPU's thread.
+    fn run(&self, mut cpu: ApicCpu<Vcpu>, sender: &Sender) {
+        let _attached = cpu.attach();
+        let fail = |why: String| sender.send(&ToConsole::Failed(why).encode(), None);
+        loop {
+            match self.next() {
+                Order::Enter(entry) => {
+                    let exit = cpu.enter(entry);
+                    self.entered.store(false, Ordering::SeqCst);
+                    sender.send(&ToConsole::Exit(self.number, exit).encode(), None);
+                }
+                Order::Save => match self.save(&mut cpu) {
+                    Ok(state) => self.send(sender, &state),
+                    Err(why) => fail(why),
+                },
+                Order::Restore(state) => match restore(&mut cpu, &state) {
+                    Ok(()) => sender.send(&ToConsole::Restored(self.number).encode(), None),
+                    Err(why) => fail(why),
+                },
+                Order::End => return,
+            }
+        }
+    }
+
+    fn save(&self, cpu: &mut ApicCpu<Vcpu>) -> Result<Vec<u8>, String> {
+        let saved = cpu.core().save().map_err(|error| error.to_string())?;
+        let state = VcpuState { cpu: saved, apic: cpu.state() };
+        serde_json::to_vec(&state).map_err(|error| error.to_string())
+    }
+
+    fn send(&self, sender: &Sender, state: &[u8]) {
+        let total = state.len() as u32;
+        let mut offset = 0;
+        for part in state.chunks(MOST_PAYLOAD) {
+            let message = ToConsole::State(Part { cpu: self.number, offset, total });
+            sender.send(&message.encode(), Some(sender.payload(part)));
+            offset += part.len() as u32;
+        }
+    }
+}
+
+fn restore(cpu: &mut ApicCpu<Vcpu>, state: &[u8]) -> Result<(), String> {
+    let state: VcpuState = serde_json::from_slice(state).map_err(|error| format!("a vCPU's state: {error}"))?;
+    cpu.core_mut().restore(&state.cpu).map_err(|error| error.to_string())?;
+    cpu.restore(&state.apic);
+    Ok(())
+}
+
+/// How the local APICs here reach each other and the rest of the guest.
+struct Outward {
+    switch: Arc<Switch>,
+    sender: Sender,
+}
+
+impl Fabric for Outward {
+    fn send(&self, message: Message) {
+        self.switch.post(&message);
+    }
+
+    fn end_of_interrupt(&self, vector: u8) {
+        self.sender.send(&ToConsole::Eoi(vector).encode(), None);
+    }
+
+    fn view(&self, view: View) {
+        self.switch.set_view(view);
+        self.sender.send(&ToConsole::View(view).encode(), None);
+    }
+
+    fn refused(&self, vector: u8) {
+        self.sender.send(&ToConsole::Refused(vector).encode(), None);
+    }
+
+    fn acknowledge(&self) -> Option<u8> {
+        None
+    }
+}
+
+impl Elsewhere for Outward {
+    fn post(&self, targets: Targets, message: Message) {
+        self.sender.send(&ToConsole::Interrupt(targets, message).encode(), None);
+    }
+}
