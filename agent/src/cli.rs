@@ -165,14 +165,21 @@ fn validate(config: &Config) -> Result<(), Error> {
         }
     }
     let mut warnings = protection.warnings.clone();
+    if config.cpu.is_some() {
+        problems.extend(crate::cpu::missing());
+    }
     match crate::memory::check(config) {
         Ok(more) => warnings.extend(more),
         Err(e) => problems.push(e.to_string()),
     }
     if problems.is_empty() {
         let lends = config.memory.as_ref().map(|m| format!("{} of memory, ", m.size)).unwrap_or_default();
-        let mut lines =
-            vec![format!("valid: {} volumes, {lends}listening on {}", config.volume.len(), config.listen)];
+        let vcpus = config.cpu.as_ref().map(|cpu| format!("{} vCPUs, ", cpu.count)).unwrap_or_default();
+        let mut lines = vec![format!(
+            "valid: {} volumes, {lends}{vcpus}listening on {}",
+            config.volume.len(),
+            config.listen
+        )];
         lines.push(protection.describe());
         lines.extend(protection.policy.describe().iter().map(|rule| format!("allow: {rule}")));
         lines.extend(warnings.iter().map(|warning| format!("warning: {warning}")));

@@ -44,6 +44,8 @@ pub struct Config {
     pub limits: Limits,
     /// How much memory is lent to guests on other PCs; none without it.
     pub memory: Option<Memory>,
+    /// How many vCPUs are lent to guests on other PCs; none without it.
+    pub cpu: Option<Cpu>,
     /// The volumes.
     pub volume: Vec<Volume>,
     /// Which nodes may use what. Without one, the household's consoles may use every volume.
@@ -73,6 +75,17 @@ pub struct Memory {
     pub lock: bool,
     /// A lease that was not renewed for so long ends, and what is stored under it is gone. After `lease_ttl` it does
     /// so already if another guest needs the memory.
+    #[serde(default = "ten_minutes")]
+    pub keep: Span,
+}
+
+/// vCPUs that guests on other PCs may run here.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Cpu {
+    /// So many in all.
+    pub count: u32,
+    /// The vCPUs and the memory of a guest whose console was not heard for so long are given up.
     #[serde(default = "ten_minutes")]
     pub keep: Span,
 }
@@ -120,7 +133,7 @@ pub struct Allow {
     /// How much of the memory that is lent their guests may lease, each node by itself.
     #[serde(default)]
     pub memory: Option<Bytes>,
-    /// How many vCPUs their guests may run here; nothing lends vCPUs yet.
+    /// How many vCPUs their guests may run here, those of each node together.
     #[serde(default)]
     pub vcpus: Option<u32>,
 }
@@ -173,6 +186,7 @@ impl Default for Config {
             rdma: true,
             limits: Limits::default(),
             memory: None,
+            cpu: None,
             volume: Vec::new(),
             allow: Vec::new(),
         }
@@ -281,6 +295,17 @@ fn check(config: &Config, checker: &mut Checker<'_>) {
     }
     if let Some(memory) = &config.memory {
         check_memory(memory, config.lease_ttl, &root.key("memory"), checker);
+    }
+    if let Some(cpu) = &config.cpu {
+        let key = root.key("cpu");
+        if !(1..=1024).contains(&cpu.count) {
+            checker
+                .wrong(&key.key("count"), "write a number from 1 to 1024; leave the table out to lend none");
+        }
+        if cpu.keep.0 < config.lease_ttl.0 {
+            let ttl = config.lease_ttl;
+            checker.wrong(&key.key("keep"), format!("a lease lives at least as long as any other, {ttl}"));
+        }
     }
     for (index, volume) in config.volume.iter().enumerate() {
         check_volume(volume, &config.volume[..index], &root.key("volume").index(index), checker);
@@ -440,6 +465,19 @@ mod tests {
         ] {
             let text = mistakes(text);
             assert!(text.contains(what), "{text}");
+        }
+    }
+
+    #[test]
+    fn vcpus_are_lent_as_a_table_says() {
+        let config = Config::parse(Path::new("a"), "[cpu]\ncount = 2").expect("valid");
+        assert_eq!(config.cpu, Some(Cpu { count: 2, keep: Span(Duration::from_secs(600)) }));
+        for (text, what) in [
+            ("[cpu]\ncount = 0\n", "from 1 to 1024"),
+            ("[cpu]\n", "count"),
+            ("[cpu]\ncount = 1\nkeep = '1s'\n", "15s"),
+        ] {
+            assert!(mistakes(text).contains(what), "{text}");
         }
     }
 

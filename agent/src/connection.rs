@@ -12,6 +12,7 @@ use devices::disk::{self, Disk, Done, Operation};
 use slab::Slab;
 use transport::buffer::Buffer;
 use transport::identity::{self, Peer, Role, Security, revocation};
+use transport::line;
 use transport::metrics::{Metrics, Operations, Recorder, Registration};
 use transport::ring::{Completion, Ring, Token};
 use transport::server::{Connection, Event, Request};
@@ -29,11 +30,17 @@ use crate::volume::{Grant, lock};
 
 /// The operations that are counted by name.
 const COUNTED: Operations = Operations(&{
-    let (volume, memory) = (OPERATIONS.0, protocol::NAMES);
-    let mut names = [(0, ""); OPERATIONS.0.len() + protocol::NAMES.len()];
+    let (volume, memory, line) = (OPERATIONS.0, protocol::NAMES, line::protocol::NAMES);
+    let mut names = [(0, ""); OPERATIONS.0.len() + protocol::NAMES.len() + line::protocol::NAMES.len()];
     let mut at = 0;
     while at < names.len() {
-        names[at] = if at < volume.len() { volume[at] } else { memory[at - volume.len()] };
+        names[at] = if at < volume.len() {
+            volume[at]
+        } else if at < volume.len() + memory.len() {
+            memory[at - volume.len()]
+        } else {
+            line[at - volume.len() - memory.len()]
+        };
         at += 1;
     }
     names
@@ -93,6 +100,8 @@ struct Worker {
     done: Vec<Done>,
     /// The memory that this connection uses.
     memory: Serving,
+    /// The line of this connection's session, if it has one.
+    line: Option<line::Serving>,
     stopping: bool,
     /// It ends to make room for another one.
     leaving: bool,
@@ -138,6 +147,7 @@ pub(crate) fn serve(
         opening: Vec::new(),
         done: Vec::new(),
         memory: Serving::default(),
+        line: None,
         stopping: false,
         leaving: false,
         known: None,
@@ -172,6 +182,7 @@ impl Worker {
             }
             self.look_who_it_is();
             self.answer_opened();
+            self.line_goes();
             let next = self.connection.tick(&mut self.ring, now, &mut events);
             if !events.is_empty() {
                 self.events(&mut events);
@@ -218,6 +229,9 @@ impl Worker {
         if self.connection.complete(&mut self.ring, completion, events) {
             return;
         }
+        if self.line.as_mut().is_some_and(|line| line.complete(completion)) {
+            return;
+        }
         for disk in self.disks.iter_mut().flatten() {
             if disk.complete(&mut self.ring, completion, &mut self.done) {
                 return;
@@ -242,6 +256,9 @@ impl Worker {
                     tracing::info!(%carrier, peer = %self.peer, "The connection's carrier changed");
                 }
                 Event::Closed { reason } if self.served => {
+                    if let Some(line) = self.line.take() {
+                        line.closed(&mut self.ring, &mut self.connection, &reason);
+                    }
                     tracing::info!(peer = %self.peer, %reason, "A peer's connection is over");
                 }
                 Event::Closed { reason } => self.not_served(&reason),
@@ -294,6 +311,8 @@ impl Worker {
             opcode::INVENTORY => self.inventory(&request),
             opcode::ECHO => self.echo(request),
             revocation::OPCODE => self.revocations(&request),
+            line::protocol::opcode::OPEN => self.open_line(&request),
+            line::protocol::opcode::POST => self.post(&request),
             _ => self.memory(&request),
         }
     }
@@ -308,6 +327,48 @@ impl Worker {
             self.tell(&why);
         }
         self.connection.answer(request.id, answer.status, &answer.body, answer.payload);
+    }
+
+    /// Opens the line of a session.
+    fn open_line(&mut self, request: &Request) {
+        match self.agent.cpus.open(&self.agent, &self.asker, self.session, &request.body) {
+            Ok(()) => {
+                // The rest of what is granted is left for what goes and comes.
+                let held = (self.agent.requests as usize / 4).clamp(1, line::HELD);
+                let welcome = line::protocol::welcome(held);
+                self.connection.answer(request.id, Status::OK, &welcome, Buffer::empty());
+            }
+            Err(why) => {
+                self.tell(&why);
+                self.end_line(request.id, &why);
+            }
+        }
+    }
+
+    fn end_line(&mut self, id: u64, why: &str) {
+        let why = line::protocol::reason(why);
+        self.connection.answer(id, line::protocol::status::ENDED, &why, Buffer::empty());
+    }
+
+    fn post(&mut self, request: &Request) {
+        if self.line.is_none() {
+            let Some(line) = self.agent.cpus.line(self.session) else {
+                return self.end_line(request.id, "the session has no line");
+            };
+            self.line = Some(line::Serving::new(line, &mut self.ring));
+        }
+        if let Some(line) = &mut self.line {
+            line.request(&mut self.connection, request);
+        }
+    }
+
+    /// Sends what is to be sent down the line.
+    fn line_goes(&mut self) {
+        let Some(line) = &mut self.line else { return };
+        line.tick(&mut self.ring, &mut self.connection);
+        if self.stopping || self.leaving {
+            line.stop(&mut self.connection);
+        }
     }
 
     fn refuse(&mut self, id: u64, status: Status, refusal: &Refusal) {

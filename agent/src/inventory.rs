@@ -41,6 +41,9 @@ pub struct Cpu {
     pub cores: Option<usize>,
     /// Load average over one minute.
     pub load: f64,
+    /// What vCPUs the agent lends, if it lends some and is the one that answers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lent: Option<crate::cpu::Lent>,
 }
 
 /// Memory.
@@ -132,6 +135,7 @@ pub fn take() -> Inventory {
             threads: cpus.len(),
             cores: System::physical_core_count().ok(),
             load: System::load_average().map_or(0.0, |load| load.one),
+            lent: None,
         },
         memory: Memory {
             total: system.as_ref().map_or(0, System::total_memory),
@@ -209,6 +213,14 @@ impl Inventory {
         if let Some(lent) = &self.memory.lent {
             let [size, leased, used] = [lent.size, lent.leased, lent.used].map(gib);
             lines.push(format!("lent      {size} of memory, {leased} leased, {used} stored"));
+        }
+        if let Some(lent) = &self.cpu.lent {
+            let used: u32 = lent.leases.iter().map(|lease| u32::from(lease.vcpus)).sum();
+            lines.push(format!("lent      {} vCPUs, {used} in use", lent.count));
+            for lease in &lent.leases {
+                let node = lease.node.as_deref().unwrap_or("an unproven peer");
+                lines.push(format!("lent      {} vCPUs to guest {} of {node}", lease.vcpus, lease.guest));
+            }
         }
         for d in &self.disks {
             let (total, free) = (gib(d.total), gib(d.available));

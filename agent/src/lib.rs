@@ -8,6 +8,7 @@ mod admission;
 pub mod cli;
 pub mod config;
 mod connection;
+pub mod cpu;
 pub mod inventory;
 pub mod join;
 pub mod lease;

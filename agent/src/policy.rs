@@ -101,6 +101,30 @@ impl Policy {
         format!("{asker} may lease no memory: {mend}")
     }
 
+    /// So many vCPUs `asker` may run here, if so many are lent. `None`: none at all.
+    #[must_use]
+    pub fn vcpus(&self, asker: &Asker) -> Option<u32> {
+        let (name, console) = match asker {
+            Asker::Unproven => return Some(u32::MAX),
+            Asker::Node { name, console } => (name, *console),
+        };
+        if self.rules.is_empty() {
+            return console.then_some(u32::MAX);
+        }
+        self.rules.iter().filter(|rule| rule.is_for(name, console)).filter_map(|rule| rule.vcpus).max()
+    }
+
+    /// Why `asker` may run no vCPUs, for both logs.
+    #[must_use]
+    pub fn vcpus_refusal(&self, asker: &Asker) -> String {
+        let mend = if self.rules.is_empty() {
+            "no `[[allow]]` in its agent.toml names nodes, so only consoles may"
+        } else {
+            "no `[[allow]]` in its agent.toml gives it `vcpus`"
+        };
+        format!("{asker} may run no vCPUs: {mend}")
+    }
+
     /// Whether `asker` may know who else has leased memory: who runs guests, and this agent itself.
     #[must_use]
     pub fn shows_memory(&self, asker: &Asker) -> bool {
@@ -148,7 +172,7 @@ impl Policy {
     pub fn describe(&self) -> Vec<String> {
         if self.rules.is_empty() {
             let who = if self.own.is_some() { "consoles of the household" } else { "everybody" };
-            return vec![format!("{who} may write every volume, and lease what memory there is")];
+            return vec![format!("{who} may write every volume, and use what memory and vCPUs there are")];
         }
         self.rules.iter().map(ToString::to_string).collect()
     }
@@ -164,9 +188,7 @@ impl fmt::Display for Allow {
             parts.push(format!("{access} {}", self.volumes.join(", ")));
         }
         parts.extend(self.memory.map(|memory| format!("lease {memory} of memory")));
-        parts.extend(self.vcpus.map(|vcpus| {
-            format!("use {vcpus} vCPU{} (nothing lends these yet)", if vcpus == 1 { "" } else { "s" })
-        }));
+        parts.extend(self.vcpus.map(|n| format!("use {n} vCPU{}", if n == 1 { "" } else { "s" })));
         f.write_str(&parts.join(", and "))
     }
 }
@@ -299,6 +321,19 @@ mod tests {
     }
 
     #[test]
+    fn vcpus_are_run_by_whom_a_table_gives_some_and_without_tables_by_consoles() {
+        let policy = Policy::new(&[], Some("attic".into()));
+        assert_eq!(policy.vcpus(&node("desk")), Some(u32::MAX));
+        assert_eq!(policy.vcpus(&helper("shed")), None);
+        let lends = |nodes: &[&str], vcpus| Allow { vcpus, ..rule(nodes, &["root"], Access::Read) };
+        let policy = Policy::new(&[lends(&["desk", "*"], Some(2)), lends(&["desk"], Some(1))], None);
+        assert_eq!(policy.vcpus(&node("desk")), Some(2), "what any table says");
+        assert_eq!(policy.vcpus(&helper("lap")), None, "`*` means consoles");
+        let why = policy.vcpus_refusal(&helper("lap"));
+        assert!(why.contains("node lap may run no vCPUs") && why.contains("`vcpus`"), "{why}");
+    }
+
+    #[test]
     fn an_agent_shows_itself_everything_and_may_still_use_nothing() {
         for rules in [&[][..], &[rule(&["desk"], &["root"], Access::Read)]] {
             let policy = Policy::new(rules, Some("attic".into()));
@@ -319,8 +354,7 @@ mod tests {
         let mut rule = rule(&["desk", "*"], &["root"], Access::Read);
         rule.vcpus = Some(1);
         rule.memory = Some(vmm::units::Bytes(8 << 30));
-        let text =
-            "nodes desk, * may read root, and lease 8G of memory, and use 1 vCPU (nothing lends these yet)";
+        let text = "nodes desk, * may read root, and lease 8G of memory, and use 1 vCPU";
         assert_eq!(rule.to_string(), text);
     }
 }

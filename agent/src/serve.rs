@@ -20,6 +20,7 @@ use vmm::memory::store::protocol::{Lending, Take, Taken};
 
 use crate::admission::{self, Handle};
 use crate::config::{Access, Config};
+use crate::cpu::Cpus;
 use crate::lease::{Activity, Refused, Table};
 use crate::lists::Lists;
 use crate::memory::{self, Lender};
@@ -42,6 +43,7 @@ const PEERS: usize = 64;
 pub struct Agent {
     pub(crate) volumes: Vec<Volume>,
     pub(crate) memory: Arc<Lender>,
+    pub(crate) cpus: Cpus,
     pub(crate) policy: Policy,
     pub(crate) security: Security,
     pub(crate) leases: Mutex<Table>,
@@ -53,6 +55,8 @@ pub struct Agent {
     pub(crate) born: Instant,
     /// So many connections of peers that are known may be there at once.
     pub(crate) most: usize,
+    /// So many requests a connection may have in flight.
+    pub(crate) requests: u32,
     /// Connections that ended before their peers were known.
     pub(crate) unserved: Tally,
     /// Lists of revoked certificates that peers brought.
@@ -86,6 +90,7 @@ impl Agent {
         Ok(Self {
             volumes: config.volume.iter().cloned().map(Volume::new).collect(),
             memory: Lender::new(config.memory.as_ref(), config.lease_ttl.0),
+            cpus: Cpus::new(config.cpu.as_ref()),
             policy: protection.policy,
             security: protection.security,
             leases: Mutex::new(Table::load(&config.state_folder(), config.lease_ttl.0)?),
@@ -95,6 +100,7 @@ impl Agent {
             stopping: AtomicBool::new(false),
             born: Instant::now(),
             most: config.limits.connections,
+            requests: config.limits.requests.max(4),
             unserved: Tally::new("A connection ended before its peer was served"),
             lists: Lists::new(),
             connections: Mutex::new(Vec::new()),
@@ -161,6 +167,7 @@ impl Agent {
         drop(ticked);
         let overdue = self.overdue(self.memory.keep, ttl);
         self.memory.expire(&overdue);
+        self.cpus.tick();
     }
 
     /// The leases of memory that were not renewed for `span`, not counting a time in which the agent could not hear
@@ -306,6 +313,7 @@ impl Agent {
     pub(crate) fn inventory_json(&self) -> Vec<u8> {
         let [size, leased, used] = self.memory.totals();
         let mut inventory = inventory::take();
+        inventory.cpu.lent = self.cpus.lent();
         inventory.memory.lent = (size > 0).then_some(inventory::Lent { size, leased, used });
         serde_json::to_vec(&inventory).unwrap_or_default()
     }
@@ -433,6 +441,7 @@ pub fn run(config: &Config) -> Result<(), Error> {
     drop(listener);
     notify(&[NotifyState::Stopping, NotifyState::Status("Finishing what is in flight")]);
     tracing::info!("Stopping");
+    agent.cpus.end();
     if wind_up(&agent, config.stop_timeout.0) { Ok(()) } else { Err(Error::NotFlushed) }
 }
 

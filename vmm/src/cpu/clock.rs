@@ -32,7 +32,9 @@ impl Clock {
     }
 }
 
-fn monotonic() -> u64 {
+/// This PC's monotonic clock, in nanoseconds.
+#[must_use]
+pub fn monotonic() -> u64 {
     // The kernel always has this clock, and its seconds are not negative.
     clock_gettime(ClockId::CLOCK_MONOTONIC)
         .map_or(0, |time| time.tv_sec() as u64 * 1_000_000_000 + time.tv_nsec() as u64)

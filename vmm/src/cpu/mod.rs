@@ -17,7 +17,7 @@ mod run;
 
 pub use apic::{ApicCpu, ApicState};
 pub use bare::Core;
-pub use clock::Clock;
+pub use clock::{Clock, monotonic};
 pub use exit::{Data, VmEntry, VmExit};
 pub use fabric::{Elsewhere, Fabric, Place, Switch};
 pub use gang::{Gang, Kick, Stuck};

@@ -27,7 +27,7 @@ mod lent;
 mod paging;
 mod parts;
 mod peripherals;
-mod processor;
+pub(crate) mod processor;
 mod startup;
 mod vcpus;
 

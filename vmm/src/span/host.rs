@@ -7,16 +7,14 @@ use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
 use devices::interrupt::{ApicId, Message, Nanos, Targets, View};
-use serde::{Deserialize, Serialize};
 use transport::buffer::Buffer;
 use transport::line::{Hear, MOST_PAYLOAD, Sender};
 
 use super::protocol::{Create, Moment, Part, ToConsole, ToHelper};
 use super::share::gather;
-use crate::cpu::{
-    ApicCpu, ApicState, Clock, Core as _, Elsewhere, Fabric, Inbox, Place, Processor, Switch, VmEntry,
-};
-use crate::kvm::{Controllers, CpuState, Partition, Vcpu, install_kick_handler};
+use crate::cpu::{ApicCpu, Clock, Elsewhere, Fabric, Inbox, Place, Processor, Switch, VmEntry, monotonic};
+use crate::kvm::{self, Controllers, Partition, install_kick_handler};
+use crate::machine::processor::{self, Vcpu as _, VcpuState};
 use crate::memory::coherence::message::{Member, Members};
 use crate::memory::coherence::{self, Engine, Homes, Lines};
 use crate::memory::frames::Pieces;
@@ -26,16 +24,6 @@ use crate::units::Bytes;
 /// How long vCPUs may take to leave guest code at the end.
 const LEAVING: Duration = Duration::from_secs(2);
 const CONSOLE: u8 = 0;
-
-/// Everything that a vCPU is, with its local APIC.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct VcpuState {
-    /// The processor.
-    pub cpu: CpuState,
-    /// Its local APIC.
-    pub apic: ApicState,
-}
 
 /// What a guest may have here at most.
 #[derive(Clone, Debug)]
@@ -109,7 +97,7 @@ impl Host {
     /// A part within `terms`. What it says goes to `sender` and, about memory, to `memory`.
     #[must_use]
     pub fn new(terms: Terms, sender: Sender, memory: Sender) -> Arc<Self> {
-        let (epoch, tsc_khz) = (terms.epoch, crate::kvm::tsc_khz().unwrap_or(0));
+        let (epoch, tsc_khz) = (terms.epoch, kvm::host_tsc_khz().unwrap_or(0));
         sender.send(&ToConsole::Granted { epoch, tsc_khz }.encode(), None);
         Arc::new(Self {
             terms,
@@ -187,7 +175,7 @@ impl Host {
         match ToHelper::decode(body).map_err(|error| error.to_string())? {
             ToHelper::Create(create) => return self.create(&create),
             ToHelper::Probe(number, sent) => {
-                let there = Moment { tsc: crate::kvm::tsc_now(), monotonic: crate::cpu::monotonic() };
+                let there = Moment::here();
                 self.sender.send(&ToConsole::Answer(number, sent, there).encode(), None);
                 return Ok(());
             }
@@ -219,7 +207,8 @@ impl Host {
                 host.fail(why);
             }
         });
-        let running = Running::new(create, &self.sender, &self.memory, broken).map_err(|error| error.to_string())?;
+        let running =
+            Running::new(create, &self.sender, &self.memory, broken).map_err(|error| error.to_string())?;
         *phase = Phase::Running(Box::new(running));
         drop(phase);
         self.sender.send(&ToConsole::Created.encode(), None);
@@ -277,11 +266,13 @@ enum Unmade {
     #[error(transparent)]
     Memory(#[from] crate::memory::Error),
     #[error(transparent)]
-    Coherence(#[from] coherence::EngineError),
+    Coherence(#[from] coherence::Error),
     #[error(transparent)]
-    Kvm(#[from] crate::kvm::Error),
+    Kvm(#[from] kvm::Error),
     #[error("A vCPU's thread cannot be started: {0}")]
     Thread(#[from] std::io::Error),
+    #[error("{0}")]
+    Vcpu(String),
     #[error("The members do not fit each other")]
     Members,
 }
@@ -325,7 +316,8 @@ impl Running {
             switch.put(view, Place::Here(Arc::clone(&inbox)));
             let (fabric, clock) = (Arc::clone(&fabric) as Arc<dyn Fabric>, Arc::clone(&clock));
             let vcpu = partition.vcpu(number)?;
-            let cpu = ApicCpu::new(vcpu, ApicId(number), false, Arc::clone(&inbox), fabric, clock);
+            let mut cpu = ApicCpu::new(vcpu, ApicId(number), false, Arc::clone(&inbox), fabric, clock);
+            cpu.set_up().map_err(|error| Unmade::Vcpu(error.to_string()))?;
             made.push((cpu, Seat::new(number, inbox)));
         }
         let mut running = Self {
@@ -373,7 +365,7 @@ impl Running {
                 }
             }
             ToHelper::Clock { nanos, tsc: _ } => {
-                self.clock.set(Nanos(crate::cpu::monotonic().0.wrapping_add(nanos)));
+                self.clock.set(Nanos(monotonic().wrapping_add(nanos)));
             }
             ToHelper::Create(_) | ToHelper::Probe(..) | ToHelper::End(_) => {}
         }
@@ -449,8 +441,8 @@ impl Seat {
     }
 
     /// The vCPU's thread.
-    fn run(&self, mut cpu: ApicCpu<Vcpu>, sender: &Sender) {
-        let _attached = cpu.attach();
+    fn run(&self, mut cpu: ApicCpu<kvm::Vcpu>, sender: &Sender) {
+        let _attached = processor::Vcpu::attach(&mut cpu);
         let fail = |why: String| sender.send(&ToConsole::Failed(why).encode(), None);
         loop {
             match self.next() {
@@ -472,9 +464,8 @@ impl Seat {
         }
     }
 
-    fn save(&self, cpu: &mut ApicCpu<Vcpu>) -> Result<Vec<u8>, String> {
-        let saved = cpu.core().save().map_err(|error| error.to_string())?;
-        let state = VcpuState { cpu: saved, apic: cpu.state() };
+    fn save(&self, cpu: &mut ApicCpu<kvm::Vcpu>) -> Result<Vec<u8>, String> {
+        let state = cpu.save().map_err(|error| error.to_string())?;
         serde_json::to_vec(&state).map_err(|error| error.to_string())
     }
 
@@ -489,11 +480,10 @@ impl Seat {
     }
 }
 
-fn restore(cpu: &mut ApicCpu<Vcpu>, state: &[u8]) -> Result<(), String> {
-    let state: VcpuState = serde_json::from_slice(state).map_err(|error| format!("a vCPU's state: {error}"))?;
-    cpu.core_mut().restore(&state.cpu).map_err(|error| error.to_string())?;
-    cpu.restore(&state.apic);
-    Ok(())
+fn restore(cpu: &mut ApicCpu<kvm::Vcpu>, state: &[u8]) -> Result<(), String> {
+    let state: VcpuState =
+        serde_json::from_slice(state).map_err(|error| format!("a vCPU's state: {error}"))?;
+    processor::Vcpu::restore(cpu, &state).map_err(|error| error.to_string())
 }
 
 /// How the local APICs here reach each other and the rest of the guest.

@@ -393,7 +393,7 @@ impl Share {
             ToConsole::Eoi(vector) => self.tell(|console| console.end_of_interrupt(vector)),
             ToConsole::Refused(vector) => self.tell(|console| console.refused(vector)),
             ToConsole::View(view) => {
-                self.seat(view.id.0)?;
+                drop(self.seat(view.id.0)?);
                 self.tell(|console| console.view(view));
             }
             ToConsole::State(part) => self.part(part, &payload.unwrap_or_default())?,
