@@ -33,6 +33,7 @@ pub struct Guest {
     initrd: String,
     cmdline: String,
     cpus: u8,
+    controllers: &'static str,
     memory: String,
     /// Further keys of `[memory]`, and its helpers.
     paging: String,
@@ -50,6 +51,7 @@ impl Guest {
             initrd: "/images/mini/initrd".to_owned(),
             cmdline: format!("console=ttyS0 quiet omega.test={steps}"),
             cpus: 1,
+            controllers: "",
             memory: "192M".to_owned(),
             paging: String::new(),
             disks: String::new(),
@@ -85,6 +87,12 @@ impl Guest {
     /// So many processors.
     pub fn cpus(mut self, count: u8) -> Self {
         self.cpus = count;
+        self
+    }
+
+    /// Omega's own interrupt controllers instead of the kernel's.
+    pub fn userspace_controllers(mut self) -> Self {
+        self.controllers = "interrupt_controllers = \"userspace\"";
         self
     }
 
@@ -140,13 +148,14 @@ impl Guest {
     /// The file `guest.toml`.
     pub fn toml(&self) -> String {
         format!(
-            "name = \"{}\"\n\n[kernel]\nimage = \"{}\"\ninitrd = \"{}\"\ncmdline = \"{}\"\n\n[cpu]\ncount = {}\n\n\
+            "name = \"{}\"\n\n[kernel]\nimage = \"{}\"\ninitrd = \"{}\"\ncmdline = \"{}\"\n\n[cpu]\ncount = {}\n{}\n\n\
              [memory]\nsize = \"{}\"\n{}\n{}\n{}",
             self.name,
             self.kernel,
             self.initrd,
             self.cmdline,
             self.cpus,
+            self.controllers,
             self.memory,
             self.paging,
             self.disks,

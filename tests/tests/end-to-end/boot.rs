@@ -13,6 +13,10 @@ pub(crate) const TESTS: &[(&str, crate::Test)] = &[
         guests_with_1_2_and_4_processors_reach_userspace,
     ),
     ("boot::a_reboot_starts_the_guest_again", a_reboot_starts_the_guest_again),
+    (
+        "boot::two_processors_on_userspace_interrupt_controllers_work_and_reboot",
+        two_processors_on_userspace_interrupt_controllers_work_and_reboot,
+    ),
     ("boot::each_end_has_its_exit_code", each_end_has_its_exit_code),
     ("boot::sigterm_presses_the_power_button_and_a_second_one_ends_it", sigterm_presses_the_power_button),
     ("boot::two_guests_run_at_once_and_are_listed_paused_and_stopped", two_guests_run_at_once),
@@ -76,6 +80,19 @@ fn a_reboot_starts_the_guest_again() -> Result<()> {
         guest.expect("omega-mini: rebooting")?;
     }
     guest.expect("omega-mini: userspace")?;
+    guest.end()
+}
+
+fn two_processors_on_userspace_interrupt_controllers_work_and_reboot() -> Result<()> {
+    let (pc, _lab) = one_pc("userspace-irq")?;
+    let guest = Guest::mini("mini", "cpus,reboot").cpus(2).userspace_controllers().start(&pc)?;
+    for _ in 0..2 {
+        guest.expect("omega-mini: ok: cpus 2 worked 2")?;
+        guest.expect("omega-mini: rebooting")?;
+    }
+    guest.expect("omega-mini: userspace")?;
+    pc.run("omega pause mini && omega resume mini")?.ok()?;
+    guest.expect("omega-mini: ok: cpus 2 worked 2")?;
     guest.end()
 }
 

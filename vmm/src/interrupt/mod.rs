@@ -14,3 +14,7 @@ mod timer;
 
 pub use board::Board;
 pub use bus::KeyboardAndSpeaker;
+
+#[cfg(test)]
+#[path = "micro_test.rs"]
+mod micro;
