@@ -9,6 +9,7 @@ pub mod drive;
 pub mod figure;
 pub mod floor;
 pub mod inside;
+pub mod members;
 pub mod omega;
 pub mod paged;
 pub mod peer;

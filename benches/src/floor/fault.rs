@@ -28,9 +28,13 @@ const UFFD_API: u64 = 0xaa;
 const UFFDIO_API: libc::c_ulong = 0xc018_aa3f;
 const UFFDIO_REGISTER: libc::c_ulong = 0xc020_aa00;
 const UFFDIO_COPY: libc::c_ulong = 0xc028_aa03;
+const UFFDIO_WRITEPROTECT: libc::c_ulong = 0xc018_aa06;
 /// Missing pages of shared memory.
 const MISSING_SHARED: u64 = 1 << 5;
+/// Write protection of shared memory.
+const PROTECTED_SHARED: u64 = 1 << 0 | 1 << 12;
 const REGISTER_MISSING: u64 = 1;
+const REGISTER_PROTECTED: u64 = 2;
 
 #[repr(C)]
 struct Api {
@@ -54,6 +58,13 @@ struct Copy {
     len: u64,
     mode: u64,
     copied: i64,
+}
+
+#[repr(C)]
+struct Protect {
+    start: u64,
+    len: u64,
+    mode: u64,
 }
 
 #[repr(C)]
@@ -211,6 +222,53 @@ pub fn placing(together: usize, slice: Duration) -> Result<f64> {
     Ok(rate(bytes, took))
 }
 
+/// Writes to protected pages, for each of which a thread reads the event and lets the writer go on: what that takes
+/// without a network, in microseconds.
+///
+/// # Errors
+/// The kernel lacks or refuses userfaultfd.
+pub fn protected(slice: Duration) -> Result<Vec<f64>> {
+    const PAGES: u64 = 1024;
+    let len = PAGES as usize * PAGE;
+    let file = File::from(memfd_create(c"protected", MFdFlags::MFD_CLOEXEC)?);
+    file.set_len(len as u64)?;
+    let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+    let length = NonZero::new(len).context("no pages")?;
+    // SAFETY: a new mapping at an address of the kernel's choice takes nothing away from anybody.
+    let memory = unsafe { mmap(None, length, protection, MapFlags::MAP_SHARED, &file, 0) }?;
+    // SAFETY: it was mapped just now for nothing else, and stays until the end.
+    let region = unsafe { Region::new(memory.cast(), PAGES) };
+    (0..PAGES).for_each(|page| region.write(page, page));
+    let events = File::from(watched(memory, len, PROTECTED_SHARED, REGISTER_PROTECTED)?);
+    let start = memory.as_ptr() as u64;
+    let (began, mut times) = (Instant::now(), Vec::new());
+    std::thread::scope(|scope| -> Result<()> {
+        let handler = scope.spawn(|| -> Result<()> {
+            loop {
+                let to = event(&events)?;
+                ask(&events, UFFDIO_WRITEPROTECT, &mut Protect { start: to, len: PAGE as u64, mode: 0 })?;
+                if to == start {
+                    return Ok(());
+                }
+            }
+        });
+        while began.elapsed() < slice {
+            ask(&events, UFFDIO_WRITEPROTECT, &mut Protect { start, len: len as u64, mode: 1 })?;
+            for page in 1..PAGES {
+                let before = Instant::now();
+                region.write(page, page + 1);
+                times.push(micros(before.elapsed()));
+            }
+        }
+        // The first page is the last one that the handler answers for.
+        region.write(0, 1);
+        handler.join().expect("it does not panic")
+    })?;
+    // SAFETY: it was mapped above, and nobody has an address inside of it.
+    unsafe { munmap(memory, len) }?;
+    Ok(times)
+}
+
 /// Gives the first `len` bytes of a file in memory back.
 fn punch(file: &File, len: usize) -> Result<()> {
     let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
@@ -222,6 +280,11 @@ unsafe impl Send for Plain {}
 
 /// A descriptor that has an event for each touch of a missing page.
 fn userfault(memory: NonNull<c_void>, len: usize) -> std::io::Result<OwnedFd> {
+    watched(memory, len, MISSING_SHARED, REGISTER_MISSING)
+}
+
+/// A descriptor that has an event for each fault of a kind.
+fn watched(memory: NonNull<c_void>, len: usize, features: u64, mode: u64) -> std::io::Result<OwnedFd> {
     // SAFETY: the call takes flags by value and returns a new descriptor or an error.
     let descriptor = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC) };
     if descriptor < 0 {
@@ -229,9 +292,9 @@ fn userfault(memory: NonNull<c_void>, len: usize) -> std::io::Result<OwnedFd> {
     }
     // SAFETY: it is new, so nobody else owns it.
     let descriptor = unsafe { OwnedFd::from_raw_fd(descriptor as i32) };
-    ask(&descriptor, UFFDIO_API, &mut Api { api: UFFD_API, features: MISSING_SHARED, ioctls: 0 })?;
+    ask(&descriptor, UFFDIO_API, &mut Api { api: UFFD_API, features, ioctls: 0 })?;
     let start = memory.as_ptr() as u64;
-    let mut register = Register { start, len: len as u64, mode: REGISTER_MISSING, ioctls: 0 };
+    let mut register = Register { start, len: len as u64, mode, ioctls: 0 };
     ask(&descriptor, UFFDIO_REGISTER, &mut register)?;
     Ok(descriptor)
 }
@@ -242,8 +305,8 @@ fn ask<T>(descriptor: &impl AsRawFd, request: libc::c_ulong, argument: &mut T) -
     if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
 }
 
-/// One fault.
-fn serve(events: &File, socket: &mut std::net::TcpStream, page: &mut [u8; PAGE]) -> Result<()> {
+/// The page of the next event.
+fn event(events: &File) -> Result<u64> {
     let mut message = Message::default();
     let size = size_of::<Message>();
     // SAFETY: the kernel writes whole messages, for whose fields every bit pattern is valid.
@@ -251,7 +314,12 @@ fn serve(events: &File, socket: &mut std::net::TcpStream, page: &mut [u8; PAGE])
     if usize::try_from(got) != Ok(size) {
         bail!("an event cannot be read: {}", std::io::Error::last_os_error());
     }
-    let to = message.address & !(PAGE as u64 - 1);
+    Ok(message.address & !(PAGE as u64 - 1))
+}
+
+/// One fault.
+fn serve(events: &File, socket: &mut std::net::TcpStream, page: &mut [u8; PAGE]) -> Result<()> {
+    let to = event(events)?;
     socket.write_all(&to.to_le_bytes())?;
     socket.read_exact(page)?;
     let mut copy = Copy { to, from: page.as_ptr() as u64, len: PAGE as u64, mode: 0, copied: 0 };
@@ -293,6 +361,14 @@ mod tests {
     fn pages_are_put_into_place_again_and_again() {
         match placing(64, Duration::from_millis(20)) {
             Ok(rate) => assert!(rate > 0.0),
+            Err(why) => eprintln!("cannot run: {why:#}"),
+        }
+    }
+
+    #[test]
+    fn protected_pages_are_written_to_again_and_again() {
+        match protected(Duration::from_millis(20)) {
+            Ok(times) => assert!(times.len() >= 1023, "{} writes", times.len()),
             Err(why) => eprintln!("cannot run: {why:#}"),
         }
     }

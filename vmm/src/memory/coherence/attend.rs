@@ -6,12 +6,13 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use transport::line::Asking;
 use transport::ring::{Completion, Ring, Source};
 
 use super::engine::{Ear, Inner};
 use crate::memory::frames::{Fault, worker};
 
-/// Somebody else who is driven on a shard's ring, as the asking end of a line.
+/// Somebody else who is driven on a shard's ring, as the asking end of a line is.
 pub trait Rider {
     /// Looks at a completion; `false`: it is not for this one.
     fn complete(&mut self, ring: &mut Ring, completion: Completion) -> bool;
@@ -21,6 +22,20 @@ pub trait Rider {
 
     /// The ring ends.
     fn close(&mut self, ring: &mut Ring);
+}
+
+impl Rider for Asking {
+    fn complete(&mut self, ring: &mut Ring, completion: Completion) -> bool {
+        Self::complete(self, ring, completion)
+    }
+
+    fn tick(&mut self, ring: &mut Ring, now: Instant) -> Option<Instant> {
+        Self::tick(self, ring, now)
+    }
+
+    fn close(&mut self, ring: &mut Ring) {
+        Self::close(self, ring);
+    }
 }
 
 /// Makes a rider on the ring's own thread, before that is confined. What it hears is to be told to the [`Ear`].
