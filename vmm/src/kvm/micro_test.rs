@@ -19,6 +19,9 @@ use crate::memory::store::testing::{InMemory, Pace};
 use crate::memory::{Backing, Layout, Ram};
 use crate::units::Bytes;
 
+#[path = "members_test.rs"]
+mod members;
+
 const LONG: Duration = Duration::from_secs(60);
 /// Where code is put, and where real-mode guests begin.
 const CODE: u64 = 0x1000;
@@ -70,11 +73,9 @@ impl Guest {
     /// As [`new`](Self::new), with all but `local` bytes of its RAM elsewhere; `None` also where page faults cannot
     /// be handled.
     fn with_local(count: u8, code: &[u8], local: Option<Bytes>) -> Option<Self> {
-        if let Err(error) = partition::open() {
-            eprintln!("cannot run: {error}");
+        if !runs() {
             return None;
         }
-        install_kick_handler().expect("a signal handler");
         let layout = Layout::new(Bytes(2 << 20), 36).expect("it fits");
         let ram = Ram::new(&layout, Backing::Shared).expect("RAM");
         let engine = match local.map(|local| handle(&ram, local)) {
@@ -84,6 +85,13 @@ impl Guest {
             }
             other => other.and_then(Result::ok),
         };
+        let mut guest = Self::on(ram, count, code);
+        guest.engine = engine;
+        Some(guest)
+    }
+
+    /// A guest with this RAM, whose page faults somebody else may handle.
+    fn on(ram: Ram, count: u8, code: &[u8]) -> Self {
         ram.memory().write_slice(code, GuestAddress(CODE)).expect("RAM");
         let partition =
             Arc::new(Partition::new(ram.memory().clone(), count, Controllers::Kernel).expect("a partition"));
@@ -115,7 +123,7 @@ impl Guest {
                 let _ = thread.kill(kick_signal());
             }
         }));
-        Some(Self { partition, ram, vcpus, threads, gang, recorder, events, engine })
+        Self { partition, ram, vcpus, threads, gang, recorder, events, engine: None }
     }
 
     fn event(&self) -> Event {
@@ -138,6 +146,12 @@ impl Guest {
             thread::sleep(Duration::from_millis(1));
         }
     }
+}
+
+/// Whether there is a KVM.
+fn runs() -> bool {
+    install_kick_handler().expect("a signal handler");
+    partition::open().inspect_err(|error| eprintln!("cannot run: {error}")).is_ok()
 }
 
 fn handle(ram: &Ram, local: Bytes) -> Result<Engine, fault::Error> {
