@@ -8,6 +8,7 @@ use crate::control::protocol::read_request;
 pub use crate::memory::coherence::wire::fuzz as fuzz_coherence;
 pub use crate::memory::store::packed::fuzz as fuzz_packed_pages;
 pub use crate::memory::store::protocol::fuzz as fuzz_memory_requests;
+pub use crate::span::features::fuzz as fuzz_features;
 pub use crate::span::protocol::fuzz as fuzz_span;
 
 /// A line on the control socket.
