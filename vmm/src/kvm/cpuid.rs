@@ -5,6 +5,7 @@
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
 use super::Error;
+use crate::span::features::Features;
 
 const HYPERVISOR: u32 = 1 << 31;
 const X2APIC: u32 = 1 << 21;
@@ -30,15 +31,71 @@ pub(super) fn address_bits(supported: &CpuId) -> u8 {
     entry.map_or(36, |entry| (entry.eax & 0xff) as u8).clamp(36, 52)
 }
 
-/// The leaves of vCPU `index` of `count`.
+/// Leaves that have sub-leaves.
+const INDEXED: [u32; 6] = [4, 7, 0xb, 0xd, 0x1f, 0x8000_001d];
+
+/// KVM's list as a value.
+pub(super) fn leaves(supported: &CpuId) -> impl Iterator<Item = ((u32, u32), [u32; 4])> {
+    supported.as_slice().iter().map(|entry| {
+        let index = if entry.flags & KVM_CPUID_FLAG_SIGNIFCANT_INDEX != 0 { entry.index } else { 0 };
+        ((entry.function, index), [entry.eax, entry.ebx, entry.ecx, entry.edx])
+    })
+}
+
+/// The leaves of features as KVM takes them.
+pub(super) fn of_features(features: &Features) -> Result<CpuId, Error> {
+    let entries = features.leaves.iter().map(|((function, index), words)| {
+        if INDEXED.contains(function) {
+            indexed(*function, *index, *words)
+        } else {
+            leaf(*function, *index, *words)
+        }
+    });
+    CpuId::from_entries(&entries.collect::<Vec<_>>()).map_err(|_| too_many())
+}
+
+fn too_many() -> Error {
+    Error::State("there are too many CPUID leaves".into())
+}
+
+/// How the vCPUs of a machine are arranged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Topology {
+    /// How many there are.
+    pub(super) count: u8,
+    /// How many low bits of an APIC ID number those that share a third-level cache; `None`: all share one.
+    pub(super) cache_bits: Option<u32>,
+}
+
+impl Topology {
+    /// Of `count` vCPUs that are all on one PC.
+    pub(super) fn on_one_pc(count: u8) -> Self {
+        Self { count, cache_bits: None }
+    }
+
+    /// Of vCPUs on several PCs: so many on each, in order. Those that are shown to share a cache are on one PC, as
+    /// operating systems expect of what is in one NUMA node.
+    pub(super) fn across(counts: &[u8]) -> Self {
+        let count = counts.iter().fold(0, |sum: u8, count| sum.saturating_add(*count));
+        // Where each PC's first vCPU begins a block of a power of two, its vCPUs are whole blocks.
+        let starts = counts.iter().scan(0_u32, |start, count| {
+            *start += u32::from(*count);
+            Some(*start)
+        });
+        let inner = starts.filter(|start| *start < u32::from(count)).map(u32::trailing_zeros).min();
+        Self { count, cache_bits: inner }
+    }
+}
+
+/// The leaves of vCPU `index`.
 pub(super) fn of_vcpu(
     supported: &CpuId,
     index: u8,
-    count: u8,
+    of: Topology,
     tsc_khz: Option<u32>,
     tsc_deadline: bool,
 ) -> Result<CpuId, Error> {
-    let (index, count) = (u32::from(index), u32::from(count));
+    let (index, count) = (u32::from(index), u32::from(of.count));
     // How many low bits of an APIC id number the cores of the package.
     let core_bits = count.next_power_of_two().trailing_zeros();
     let own = [0xb, 0x1f, 0x15, TIMING];
@@ -61,7 +118,9 @@ pub(super) fn of_vcpu(
             }
             // Caches (Intel, AMD): the first two levels belong to a core, the third to the package.
             4 | 0x8000_001d if entry.eax & 0x1f != 0 => {
-                let sharing = if entry.eax >> 5 & 7 >= 3 { (1 << core_bits) - 1 } else { 0 };
+                let sharing_bits =
+                    if entry.eax >> 5 & 7 >= 3 { of.cache_bits.unwrap_or(core_bits) } else { 0 };
+                let sharing = (1 << sharing_bits) - 1;
                 entry.eax = (entry.eax & 0x3fff) | sharing << 14;
                 if entry.function == 4 {
                     entry.eax |= ((1 << core_bits) - 1) << 26;
@@ -87,7 +146,7 @@ pub(super) fn of_vcpu(
             leaves.push(leaf(0x15, 0, [APIC_BUS_KHZ, tsc_khz, APIC_BUS_KHZ * 1000, 0]));
         }
     }
-    CpuId::from_entries(&leaves).map_err(|_| Error::State("there are too many CPUID leaves".into()))
+    CpuId::from_entries(&leaves).map_err(|_| too_many())
 }
 
 /// Hides what needs KVM's own local APIC from a vCPU that has another, which is an xAPIC without TSC deadlines.
@@ -147,7 +206,8 @@ mod tests {
     fn every_vcpu_sees_its_own_number_and_all_cores_of_one_package() {
         for (count, bits) in [(1, 0), (2, 1), (3, 2), (4, 2), (64, 6)] {
             let index = count - 1;
-            let cpuid = of_vcpu(&supported(), index, count, Some(2_000_000), true).expect("leaves");
+            let cpuid = of_vcpu(&supported(), index, Topology::on_one_pc(count), Some(2_000_000), true)
+                .expect("leaves");
             let (index, count) = (u32::from(index), u32::from(count));
             assert_eq!(get(&cpuid, 1, 0).ebx >> 24, index);
             assert_eq!(get(&cpuid, 1, 0).edx & HTT != 0, count > 1);
@@ -174,12 +234,34 @@ mod tests {
 
     #[test]
     fn the_clock_leaves_give_the_exact_frequency() {
-        let cpuid = of_vcpu(&supported(), 0, 1, Some(2_345_678), false).expect("leaves");
+        let cpuid = of_vcpu(&supported(), 0, Topology::on_one_pc(1), Some(2_345_678), false).expect("leaves");
         let crystal = get(&cpuid, 0x15, 0);
         let hertz = u64::from(crystal.ecx) * u64::from(crystal.ebx) / u64::from(crystal.eax);
         assert_eq!(hertz, 2_345_678_000);
         assert_eq!(get(&cpuid, TIMING, 0).eax, 2_345_678);
         assert_eq!(get(&cpuid, KVM_SIGNATURE, 0).eax, TIMING);
         assert_eq!(address_bits(&supported()), 40);
+    }
+    #[test]
+    fn vcpus_that_share_a_cache_are_on_one_pc() {
+        for (counts, bits) in
+            [(&[1, 1][..], 0), (&[2, 2], 1), (&[3, 1], 0), (&[4, 4], 2), (&[2, 4, 2], 1), (&[6, 2], 1)]
+        {
+            assert_eq!(Topology::across(counts).cache_bits, Some(bits), "{counts:?}");
+        }
+        let cpuid = of_vcpu(&supported(), 3, Topology::across(&[2, 2]), None, false).expect("leaves");
+        assert_eq!((get(&cpuid, 4, 1).eax >> 14 & 0xfff, get(&cpuid, 0xb, 1).ebx), (1, 4));
+    }
+
+    #[test]
+    fn a_list_of_leaves_is_the_same_after_it_was_a_value() {
+        let features = Features { leaves: leaves(&supported()).collect(), ..Features::default() };
+        let again = of_features(&features).expect("few");
+        let sorted = |list: &CpuId| {
+            let mut list = list.as_slice().to_vec();
+            list.sort_by_key(|entry| (entry.function, entry.index));
+            list
+        };
+        assert_eq!(sorted(&again), sorted(&supported()));
     }
 }

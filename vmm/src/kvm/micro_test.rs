@@ -7,6 +7,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use devices::bus::{Action, Bus, BusDevice, Deferred, DoorbellRegistry, Outcome, Range};
+use devices::interrupt::Tsc;
 use devices::irq::{InterruptController, MsiMessage};
 use vm_memory::{Bytes as _, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -380,4 +381,33 @@ fn a_message_signalled_interrupt_reaches_the_guest_through_its_eventfd_unless_ma
     assert_eq!(guest.written().len(), 2, "a masked vector interrupted");
     msi.mask(false).expect("it unmasks");
     guest.until(|| guest.written().len() == 3);
+}
+
+#[test]
+fn the_guests_time_stamp_counter_reads_what_its_offset_says() {
+    // rdtsc; mov [0x2000], eax; mov [0x2004], edx; out 0x17, al
+    let code = [0x0f, 0x31, 0x66, 0xa3, 0x00, 0x20, 0x66, 0x89, 0x16, 0x04, 0x20, 0xe6, 0x17, 0xf4];
+    let Some(guest) = Guest::new(1, &code) else { return };
+    // One that runs guests without the processor's help has them read this PC's counter.
+    if let Fitness::Unfit(why) = fitness() {
+        eprintln!("cannot run: this KVM has no counters of vCPUs ({why})");
+        return;
+    }
+    let vcpu = Arc::clone(&guest.vcpus[0]);
+    if let Err(why) = vcpu.lock().expect("no panic").tsc_offset() {
+        eprintln!("cannot run: {why}");
+        return;
+    }
+    let khz = vcpu.lock().expect("no panic").fd().get_tsc_khz().expect("a rate");
+    let rate = tsc::Rate { host_khz: khz, guest_khz: khz };
+    let (begun, base) = (tsc::now(), Tsc(1 << 50));
+    vcpu.lock().expect("no panic").set_tsc(base, begun, rate).expect("it is set");
+    guest.gang.resume();
+    assert_eq!(guest.event(), Event::Action(Action::PowerOff));
+    let elapsed = tsc::now().0 - begun.0;
+    let read = u64::from(guest.word(0x2004)) << 32 | u64::from(guest.word(0x2000));
+    assert!((base.0..=base.0 + elapsed).contains(&read), "{read:#x} after {elapsed} ticks");
+    guest.gang.pause(LONG).expect("it pauses");
+    let offset = vcpu.lock().expect("no panic").tsc_offset().expect("as before");
+    assert_eq!(offset, base.0.wrapping_sub(begun.0), "it stays where it was put");
 }

@@ -13,6 +13,7 @@ mod kick;
 mod msr;
 mod partition;
 mod state;
+pub mod tsc;
 mod vcpu;
 
 use std::io;

@@ -8,6 +8,7 @@ use super::{Context, Error};
 /// The time stamp counter, which keeps running over a reset.
 pub(super) const IA32_TSC: u32 = 0x10;
 const IA32_TSC_ADJUST: u32 = 0x3b;
+const IA32_ARCH_CAPABILITIES: u32 = 0x10a;
 const IA32_MISC_ENABLE: u32 = 0x1a0;
 /// Fast string operations (Intel SDM volume 4, table 2-2).
 const FAST_STRINGS: u64 = 1;
@@ -19,6 +20,16 @@ const MTRR_WRITE_BACK: u64 = 1 << 11 | 6;
 pub(super) fn saved(kvm: &Kvm) -> Result<Vec<u32>, Error> {
     let list = kvm.get_msr_index_list().to("list the model-specific registers")?;
     Ok(list.as_slice().to_vec())
+}
+
+/// `IA32_ARCH_CAPABILITIES` as KVM gives it to a vCPU; 0 where there is none.
+pub(super) fn arch_capabilities(kvm: &Kvm) -> u64 {
+    let entry = kvm_msr_entry { index: IA32_ARCH_CAPABILITIES, ..Default::default() };
+    let read = Msrs::from_entries(&[entry]).ok().and_then(|mut msrs| {
+        let count = kvm.get_msrs(&mut msrs).ok()?;
+        (count == 1).then(|| msrs.as_slice().first().map(|entry| entry.data))?
+    });
+    read.unwrap_or(0)
 }
 
 /// Whether a register is one of the machine's clock rather than of the processor.

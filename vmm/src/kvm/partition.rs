@@ -12,7 +12,8 @@ use kvm_ioctls::{Cap, Kvm, VmFd};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
 use super::bare::Bare;
-use super::{Context, Doorbells, Error, Interrupts, PartitionState, Vcpu, cpuid, msr};
+use super::{Context, Doorbells, Error, Interrupts, PartitionState, Vcpu, cpuid, msr, tsc};
+use crate::span::features::Features;
 
 /// Where KVM keeps three pages for VMX's real mode, below the local APICs and off all RAM (`KVM_SET_TSS_ADDR`).
 const TSS: usize = 0xfffb_d000;
@@ -50,7 +51,9 @@ pub struct Partition {
     supported: CpuId,
     msrs: Vec<u32>,
     tsc_deadline: bool,
-    cpus: u8,
+    topology: cpuid::Topology,
+    /// The rate of the guest's time stamp counter, where it is not this PC's.
+    tsc_khz: Option<u32>,
     controllers: Controllers,
 }
 
@@ -76,7 +79,43 @@ impl Partition {
         let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).to(LIST_CPUID)?;
         let msrs = msr::saved(&kvm)?;
         let tsc_deadline = controllers == Controllers::Kernel && kvm.check_extension(Cap::TscDeadlineTimer);
-        Ok(Self { vm: Arc::new(vm), memory, supported, msrs, tsc_deadline, cpus, controllers })
+        let topology = cpuid::Topology::on_one_pc(cpus);
+        let vm = Arc::new(vm);
+        Ok(Self { vm, memory, supported, msrs, tsc_deadline, topology, tsc_khz: None, controllers })
+    }
+
+    /// Creates a member's part of a guest on several PCs: a VM with `memory`, without controllers in the kernel, whose
+    /// vCPUs see `shown` (see [`intersection()`](crate::span::features::intersection())) and a time stamp counter of
+    /// `tsc_khz`. The members run `counts` vCPUs each, in order.
+    ///
+    /// # Errors
+    /// As [`Partition::new`], or there are too many leaves.
+    pub fn spanning(
+        memory: GuestMemory,
+        shown: &Features,
+        counts: &[u8],
+        tsc_khz: u32,
+    ) -> Result<Self, Error> {
+        let topology = cpuid::Topology::across(counts);
+        let mut partition = Self::new(memory, topology.count, Controllers::Userspace)?;
+        (partition.topology, partition.tsc_khz) = (topology, Some(tsc_khz));
+        partition.supported = cpuid::of_features(shown)?;
+        partition.msrs.clone_from(&shown.msrs);
+        Ok(partition)
+    }
+
+    /// What this PC's KVM can show a vCPU.
+    ///
+    /// # Errors
+    /// [`Error::Open`], or KVM refuses.
+    pub fn host_features() -> Result<Features, Error> {
+        let kvm = open()?;
+        let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).to(LIST_CPUID)?;
+        let mut msrs = msr::saved(&kvm)?;
+        msrs.sort_unstable();
+        msrs.dedup();
+        let arch_capabilities = msr::arch_capabilities(&kvm);
+        Ok(Features { leaves: cpuid::leaves(&supported).collect(), msrs, arch_capabilities })
     }
 
     /// The guest's memory.
@@ -114,8 +153,11 @@ impl Partition {
     /// KVM refuses.
     pub fn vcpu(&self, index: u8) -> Result<Vcpu, Error> {
         let fd = self.vm.create_vcpu(index.into()).to("create a vCPU")?;
-        let tsc_khz = fd.get_tsc_khz().ok();
-        let mut cpuid = cpuid::of_vcpu(&self.supported, index, self.cpus, tsc_khz, self.tsc_deadline)?;
+        if let Some(khz) = self.tsc_khz {
+            tsc::set_rate(&fd, khz)?;
+        }
+        let tsc_khz = self.tsc_khz.or_else(|| fd.get_tsc_khz().ok());
+        let mut cpuid = cpuid::of_vcpu(&self.supported, index, self.topology, tsc_khz, self.tsc_deadline)?;
         if self.controllers == Controllers::Userspace {
             cpuid::hide_kernel_apic(&mut cpuid);
         }

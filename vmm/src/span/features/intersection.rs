@@ -180,9 +180,11 @@ pub fn intersection(members: &[Candidate<'_>], required: &[Feature]) -> Result<S
         return Ok(Shown { features: Features::default(), hidden: Vec::new() });
     };
     same_vendor(members)?;
-    let needed =
-        NEEDED.iter().filter_map(|name| Feature::named(name)).map(|of| (of, "every 64-bit kernel needs"));
-    for (feature, by) in needed.chain(required.iter().map(|of| (*of, "`cpu.features` asks for"))) {
+    let needed = || NEEDED.iter().filter_map(|name| Feature::named(name));
+    for (feature, by) in needed()
+        .map(|of| (of, "every 64-bit kernel needs"))
+        .chain(required.iter().map(|of| (*of, "`cpu.features` asks for")))
+    {
         if let Some(member) = members.iter().find(|member| !member.features.has(feature)) {
             return Err(Mismatch::Lacks { node: member.node.to_owned(), feature, by });
         }
@@ -194,11 +196,15 @@ pub fn intersection(members: &[Candidate<'_>], required: &[Feature]) -> Result<S
             shown.leaves.insert(*key, words);
         }
     }
+    below_their_maximum(&mut shown);
     hide(members, &mut shown);
     extended_state(members, &mut shown);
-    below_their_maximum(&mut shown);
     registers(members, &mut shown);
     let hidden = hidden(members, &shown);
+    // A member may say that its last leaf is before what it shows.
+    if let Some(feature) = needed().find(|feature| !shown.has(*feature)) {
+        return Err(Mismatch::Impossible { feature, why: why(members, &shown, feature) });
+    }
     if let Some(hidden) = hidden.iter().find(|hidden| required.contains(&hidden.feature)) {
         return Err(Mismatch::Impossible { feature: hidden.feature, why: hidden.why.clone() });
     }
@@ -209,7 +215,7 @@ fn same_vendor(members: &[Candidate<'_>]) -> Result<(), Mismatch> {
     let vendor = |member: &Candidate<'_>| {
         let [_, b, c, d] = member.features.leaf(0, 0);
         let name: String = [b, d, c].into_iter().flat_map(u32::to_le_bytes).map(char::from).collect();
-        name.chars().filter(|c| c.is_ascii_graphic()).collect::<String>()
+        name.chars().filter(char::is_ascii_graphic).collect::<String>()
     };
     let Some((first, rest)) = members.split_first() else { return Ok(()) };
     let other = rest.iter().find(|member| member.features.leaf(0, 0)[1..] != first.features.leaf(0, 0)[1..]);
@@ -388,15 +394,15 @@ fn hidden(members: &[Candidate<'_>], shown: &Features) -> Vec<Hidden> {
 }
 
 fn why(members: &[Candidate<'_>], shown: &Features, feature: Feature) -> String {
-    let is = |name: &&str| Feature::named(name) == Some(feature);
-    if let Some((_, why)) = NOT_ACROSS.iter().find(|(names, _)| names.iter().any(|name| is(&name))) {
+    let is = |name: &str| Feature::named(name) == Some(feature);
+    if let Some((_, why)) = NOT_ACROSS.iter().find(|(names, _)| names.iter().any(|name| is(name))) {
         return (*why).to_owned();
     }
     if let Some(member) = members.iter().find(|member| !member.features.has(feature)) {
         return format!("{} lacks it", member.node);
     }
     let needs = NEEDS.iter().find(|(need, those)| {
-        those.iter().any(|name| is(&name)) && Feature::named(need).is_some_and(|need| !shown.has(need))
+        those.iter().any(|name| is(name)) && Feature::named(need).is_some_and(|need| !shown.has(need))
     });
     match needs {
         Some((need, _)) => format!("it needs {need}, which is not shown"),

@@ -211,3 +211,21 @@ fn features_that_are_cut_off_too_long_or_out_of_order_are_no_features() {
     many[..2].fill(0xff);
     assert!(Features::decode(&many).is_err());
 }
+
+/// `OMEGA_WRITE_SEEDS=1 cargo test -p omega-vmm features` writes it again.
+#[test]
+fn the_fuzz_corpus_holds_the_sample_and_nothing_in_it_does_harm() {
+    let file = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fuzz/corpus/features/processor");
+    let bytes = processor(&["XSAVE", "AVX", "AVX2", "AVX-512F", "PKU", "PCID", "INVPCID", "LA57"]).encode();
+    if std::env::var_os("OMEGA_WRITE_SEEDS").is_some() {
+        std::fs::write(file, &bytes).expect("a file");
+    }
+    assert_eq!(std::fs::read(file).expect("a file"), bytes);
+    for at in 0..bytes.len() {
+        for value in [0, 1, 0x7f, 0x80, 0xff] {
+            let mut bytes = bytes.clone();
+            bytes[at] = value;
+            crate::span::features::fuzz(&bytes);
+        }
+    }
+}
