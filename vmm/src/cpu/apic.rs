@@ -7,6 +7,7 @@ use devices::interrupt::{ApicId, Deadline, LocalApic, Nanos, Now, Tsc, View};
 use serde::{Deserialize, Serialize};
 
 use super::bare::{Core, until};
+use super::rest::Rest;
 use super::{Clock, Data, Fabric, Inbox, Processor, VmEntry, VmExit};
 
 /// IA32_APIC_BASE: the APIC is on.
@@ -40,6 +41,7 @@ pub struct ApicCpu<P> {
     stop: bool,
     /// When the core's alarm goes off.
     alarm: Option<Nanos>,
+    rest: Rest,
     /// What others know of this APIC, and since when.
     published: (View, Nanos),
 }
@@ -58,7 +60,8 @@ impl<P: Core> ApicCpu<P> {
         let apic = LocalApic::new(id, bootstrap);
         let published = (apic.view(), clock.now());
         let (unfinished, stop, halted, alarm) = (false, false, false, None);
-        Self { core, apic, inbox, fabric, clock, halted, unfinished, stop, alarm, published }
+        let rest = Rest::default();
+        Self { core, apic, inbox, fabric, clock, halted, unfinished, stop, alarm, rest, published }
     }
 
     /// The processor.
@@ -248,7 +251,9 @@ impl<P: Core> Processor for ApicCpu<P> {
                     return VmExit::Failed(why);
                 }
                 if self.halted || self.apic.waits_for_start_up() {
-                    self.inbox.sleep(self.deadline().map(|deadline| until(deadline, now)));
+                    let timeout = self.deadline().map(|deadline| until(deadline, now));
+                    let inbox = &self.inbox;
+                    self.rest.wait(timeout, || inbox.wants_a_look(), |timeout| inbox.sleep(timeout));
                     continue;
                 }
             }

@@ -121,6 +121,9 @@ impl Switch {
     }
 }
 
+/// A way to another member, and which APICs over there a message is for.
+type Crossing<'a> = (&'a Arc<dyn Elsewhere>, SmallVec<[ApicId; 4]>);
+
 impl Apics {
     fn at(&self, id: ApicId) -> Option<usize> {
         self.views.iter().position(|view| view.id == id)
@@ -130,7 +133,7 @@ impl Apics {
         if targets.is_empty() {
             return;
         }
-        let mut far: SmallVec<[(&Arc<dyn Elsewhere>, SmallVec<[ApicId; 4]>); 2]> = SmallVec::new();
+        let mut far: SmallVec<[Crossing<'_>; 2]> = SmallVec::new();
         for (view, place) in self.views.iter().zip(&self.places).filter(|(view, _)| targets.contains(view.id))
         {
             match place {

@@ -186,7 +186,8 @@ impl Inbox {
         self.kicked.load(Ordering::Relaxed) && self.kicked.swap(false, Ordering::SeqCst)
     }
 
-    fn wants_a_look(&self) -> bool {
+    /// Whether there is something to look at.
+    pub(super) fn wants_a_look(&self) -> bool {
         self.filled.load(Ordering::SeqCst) || self.kicked.load(Ordering::SeqCst)
     }
 

@@ -13,6 +13,7 @@ mod exit;
 mod fabric;
 mod gang;
 mod inbox;
+mod rest;
 mod run;
 
 pub use apic::{ApicCpu, ApicState};
