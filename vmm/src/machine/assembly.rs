@@ -16,7 +16,7 @@ use transport::metrics::Metrics;
 
 use super::parts::{Counters, Device, Parts, lock};
 use super::processor::VcpuState;
-use super::{Error, Machine, Options, cards, controllers, disks, paging, peripherals};
+use super::{Error, Machine, Options, cards, controllers, disks, paging, peripherals, spanning};
 use crate::config;
 use crate::console::Hub;
 use crate::cpu::{Buses, Gang};
@@ -101,10 +101,12 @@ pub(super) fn assemble(guest: &config::Guest, options: &Options) -> Result<Machi
     let bits = Partition::host_address_bits()?;
     let size = guest.memory.size;
     let layout = Layout::new(size, bits).ok_or(Error::TooMuchMemory { size, bits })?;
-    let backing = if guest.memory.local.is_some() { Backing::Shared } else { Backing::Private };
+    let elsewhere = guest.memory.local.is_some() || guest.placement().spans();
+    let backing = if elsewhere { Backing::Shared } else { Backing::Private };
     let ram = Ram::new(&layout, backing)?;
     // Before anything touches RAM: what does from here on may fault.
     let paging = paging::start(&ram, guest, options.identity.as_ref())?;
+    let spanning = spanning::start(&ram, bits, guest, options.identity.as_ref())?;
     let controllers = guest.interrupt_controllers();
     let partition = Partition::new(ram.memory().clone(), count, controllers::of_partition(controllers))?;
     let board = controllers::board(controllers)?;
@@ -124,7 +126,7 @@ pub(super) fn assemble(guest: &config::Guest, options: &Options) -> Result<Machi
     cards::add(&mut assembly, guest)?;
     let balloon = peripherals::add(&mut assembly, guest, options.console.as_ref(), paging.as_ref())?;
     pci(&mut assembly)?;
-    let vcpus = controllers::vcpus(&partition, count, assembly.board.as_ref())?;
+    let vcpus = controllers::vcpus(&partition, count, assembly.board.as_ref(), spanning.as_ref())?;
     let cpus =
         vcpus.iter().map(|vcpu| lock(vcpu).save().map(VcpuState::without_clock)).collect::<Result<_, _>>()?;
     let power_on = (cpus, partition.save()?.without_clock());
@@ -150,6 +152,7 @@ pub(super) fn assemble(guest: &config::Guest, options: &Options) -> Result<Machi
         state: 0.into(),
         held: Mutex::default(),
         paging,
+        spanning,
         partition,
         ram,
     };

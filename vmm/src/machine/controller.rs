@@ -148,6 +148,9 @@ impl Controlled for Controller {
         if let Some(paging) = &self.parts.paging {
             groups.extend(paging.counters());
         }
+        if let Some(spanning) = &self.parts.spanning {
+            groups.insert("coherence".to_owned(), spanning.counters());
+        }
         groups
     }
 

@@ -7,6 +7,7 @@ use devices::irq::InterruptController;
 
 use super::Error;
 use super::processor::Vcpu;
+use super::spanning::Spanning;
 use crate::config::InterruptControllers;
 use crate::cpu::{ApicCpu, Clock, Fabric, Inbox, Place, Switch};
 use crate::interrupt::Board;
@@ -48,8 +49,20 @@ pub(super) fn for_devices(
 }
 
 /// The vCPUs, in the state of power-on.
-pub(super) fn vcpus(partition: &Partition, count: u8, board: Option<&Arc<Board>>) -> Result<Vcpus, Error> {
+pub(super) fn vcpus(
+    partition: &Partition,
+    count: u8,
+    board: Option<&Arc<Board>>,
+    spanning: Option<&Spanning>,
+) -> Result<Vcpus, Error> {
+    if let (Some(board), Some(spanning)) = (board, spanning) {
+        spanning.connect(board);
+    }
     let vcpu = |index| {
+        let far = || spanning?.vcpu(index, board?);
+        if let Some(far) = far() {
+            return Ok(Mutex::new(far));
+        }
         let core = partition.vcpu(index)?;
         let vcpu: Box<dyn Vcpu> = match board {
             None => Box::new(core),
@@ -57,7 +70,8 @@ pub(super) fn vcpus(partition: &Partition, count: u8, board: Option<&Arc<Board>>
                 let (id, bootstrap) = (ApicId(index), index == 0);
                 let inbox = Arc::new(Inbox::default());
                 board.switch().put(LocalApic::new(id, bootstrap).view(), Place::Here(Arc::clone(&inbox)));
-                let fabric = Arc::clone(board) as Arc<dyn Fabric>;
+                let ours = || Arc::clone(board) as Arc<dyn Fabric>;
+                let fabric = spanning.map_or_else(ours, |spanning| spanning.fabric(board));
                 Box::new(ApicCpu::new(core, id, bootstrap, inbox, fabric, Arc::clone(board.clock())))
             }
         };

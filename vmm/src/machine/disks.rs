@@ -68,7 +68,7 @@ fn open(config: &config::Disk, guest: &Guest, identity: Option<&Arc<Reloading>>)
                 direct: if config.direct { Direct::On } else { Direct::Auto },
             };
             let mut disk = FileDisk::open(&options).map_err(|error| error.to_string())?;
-            if guest.memory.local.is_some() {
+            if guest.memory.local.is_some() || guest.placement().spans() {
                 disk = disk.for_memory_that_moves();
             }
             Ok((Box::new(disk), Box::new(Vec::new), None))

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use devices::thread::{Role, spawn};
 
 use super::parts::{Parts, lock};
+use super::spanning::Spanning;
 use super::vcpus::Threads;
 use super::{Error, Exit};
 use crate::control::State;
@@ -27,7 +28,7 @@ pub(super) fn end(parts: &Arc<Parts>, threads: &Threads, keeper: JoinHandle<()>,
     parts.set_state(State::Ending);
     parts.gang.end();
     let abrupt = matches!(exit, Ok(Exit::Killed | Exit::MemoryLost));
-    if parts.paging.is_some() {
+    if parts.paging.is_some() || parts.spanning.is_some() {
         paged(parts, threads, abrupt);
         return;
     }
@@ -49,11 +50,9 @@ fn paged(parts: &Arc<Parts>, threads: &Threads, abrupt: bool) {
     let (all, vcpus) = (Arc::clone(parts), threads.clone());
     let body = move || {
         let still = vcpus.ended_within(if abrupt { VCPUS } else { Duration::MAX });
-        if drain(&all)
-            && still
-            && let Some(paging) = &all.paging
-        {
-            paging.engine.close();
+        if drain(&all) && still {
+            all.paging.iter().for_each(|paging| paging.engine.close());
+            all.spanning.iter().for_each(Spanning::close);
         }
         // Nobody waits any more if it took too long.
         let _ = tell.send(());
@@ -93,7 +92,11 @@ fn drain(parts: &Parts) -> bool {
         })
         .collect();
     // Controllers hold these parts until the process ends, so nothing would be dropped before.
-    for device in if parts.paging.is_some() { stopped } else { parts.devices.iter().collect() } {
+    for device in if parts.paging.is_some() || parts.spanning.is_some() {
+        stopped
+    } else {
+        parts.devices.iter().collect()
+    } {
         device.life.end();
     }
     whole

@@ -28,6 +28,7 @@ mod paging;
 mod parts;
 mod peripherals;
 pub(crate) mod processor;
+mod spanning;
 mod startup;
 mod vcpus;
 
@@ -149,14 +150,12 @@ pub enum Error {
     /// Memory on other PCs cannot be handled.
     #[error(transparent)]
     Paging(#[from] memory::fault::Error),
-    /// A helper cannot be trusted.
+    /// RAM cannot be shared with other PCs.
+    #[error(transparent)]
+    Coherence(#[from] memory::coherence::Error),
+    /// A helper cannot be trusted, or does not do its part.
     #[error("{0}")]
     Helper(String),
-    /// Its vCPUs are to be on several PCs.
-    #[error(
-        "vCPUs on other PCs are not run by this version yet; leave out `[[cpu.place]]` to run all of them on this PC"
-    )]
-    Spanning,
     /// The helpers do not lend what the guest needs.
     #[error(transparent)]
     Lend(#[from] memory::store::ConnectError),
@@ -191,9 +190,6 @@ impl Machine {
     /// Each names what is missing and, where there is one, the mend.
     #[allow(clippy::needless_pass_by_value)] // the consoles are the machine's from here on
     pub fn new(guest: &config::Guest, options: Options) -> Result<Self, Error> {
-        if guest.placement().spans() {
-            return Err(Error::Spanning);
-        }
         if !options.allow_unfit_kvm {
             match kvm::fitness() {
                 kvm::Fitness::Fit => {}
@@ -218,6 +214,7 @@ impl Machine {
         let threads = vcpus::start(&parts)?;
         let keeper = keeper::start(&parts, events)?;
         paging::watch(&parts)?;
+        spanning::watch(&parts)?;
         parts.boot()?;
         startup::give_back();
         // Last, since threads inherit it, and those started above may do more.

@@ -20,6 +20,7 @@ use devices::thread::{Role, spawn};
 use transport::identity::{Reloading, Security};
 
 use super::parts::{Parts, lock};
+use super::spanning::Spanning;
 use super::{Error, Exit, agents};
 use crate::config;
 use crate::control::{State, Waiting};
@@ -214,9 +215,15 @@ pub(super) fn watch(parts: &Arc<Parts>) -> Result<(), Error> {
 }
 
 impl Parts {
-    /// Whether somebody waits for a page that cannot come now.
+    /// What the guest has to stand still for.
+    fn missed(&self) -> Option<Stuck> {
+        let paging = self.paging.as_ref().and_then(|paging| paging.missed());
+        paging.or_else(|| self.spanning.as_ref().and_then(Spanning::missed))
+    }
+
+    /// Whether somebody waits for a page or a vCPU that cannot come now.
     pub(super) fn waits_for_memory(&self) -> bool {
-        self.paging.as_ref().is_some_and(|paging| paging.missed().is_some())
+        self.missed().is_some()
     }
 
     /// For a pause that began now: whether to stop waiting for vCPUs, because they hang in page faults.
@@ -226,7 +233,7 @@ impl Parts {
     }
 
     /// Stops the vCPUs until [`let_go`](Self::let_go). May be called again.
-    fn hold(&self, stuck: Stuck) {
+    pub(super) fn hold(&self, stuck: Stuck) {
         let Stuck { helper, why, .. } = &stuck;
         let mut held = lock(&self.held);
         if held.stuck.as_ref().is_none_or(|known| known.helper != *helper) {
@@ -253,7 +260,7 @@ impl Parts {
     }
 
     /// The memory is there: lets the vCPUs go on, unless somebody paused the guest meanwhile.
-    fn let_go(&self) {
+    pub(super) fn let_go(&self) {
         if lock(&self.held).stuck.is_none() {
             return;
         }
@@ -282,7 +289,7 @@ impl Parts {
     /// A pause failed because vCPUs or devices wait for memory: it is made whole when that is back. `false` if they
     /// do not. Called with the life's lock.
     pub(super) fn pause_later(&self) -> bool {
-        let Some(stuck) = self.paging.as_ref().and_then(|paging| paging.missed()) else { return false };
+        let Some(stuck) = self.missed() else { return false };
         *lock(&self.held) = Held { stuck: Some(stuck), vcpus: true, by_user: true };
         self.set_state(State::Paused);
         true

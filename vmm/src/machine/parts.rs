@@ -13,6 +13,7 @@ use transport::metrics::Metrics;
 use super::controllers::Vcpus;
 use super::paging::{Held, Paging};
 use super::processor::VcpuState;
+use super::spanning::Spanning;
 use super::{Error, Exit};
 use crate::acpi;
 use crate::config;
@@ -64,6 +65,8 @@ pub(super) struct Parts {
     pub(super) held: Mutex<Held>,
     /// Memory on other PCs.
     pub(super) paging: Option<Arc<Paging>>,
+    /// vCPUs on another PC.
+    pub(super) spanning: Option<Spanning>,
     // Last, so that the VM goes before the RAM that it uses.
     pub(super) partition: Partition,
     pub(super) ram: Ram,
@@ -196,7 +199,10 @@ impl Parts {
         self.still(|| self.gang.settle(PATIENCE))?;
         match &self.paging {
             Some(paging) => paging.engine.clear()?,
-            None => self.ram.clear()?,
+            None => match &self.spanning {
+                Some(spanning) => spanning.engine.clear()?,
+                None => self.ram.clear()?,
+            },
         }
         let (cpus, partition) = &self.power_on;
         self.partition.restore(partition)?;
