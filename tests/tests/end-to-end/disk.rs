@@ -6,10 +6,10 @@ use lab::images::Image;
 use lab::scene::{Role, Scene, install_agent, join, serve};
 
 pub(crate) const TESTS: &[(&str, crate::Test)] = &[
+    ("disk::debian_boots_from_the_second_pc_and_fio_verifies_its_disk", debian_boots_from_the_second_pc),
     ("disk::a_volume_on_the_second_pc_is_read_and_written", a_volume_on_the_second_pc_is_read_and_written),
     ("disk::the_agent_may_be_on_the_same_pc", the_agent_may_be_on_the_same_pc),
     ("disk::patience_that_ends_is_an_io_error_where_that_was_asked_for", patience_that_ends_is_an_io_error),
-    ("disk::debian_boots_from_the_second_pc_and_fio_verifies_its_disk", debian_boots_from_the_second_pc),
 ];
 
 fn a_volume_on_the_second_pc_is_read_and_written() -> Result<()> {

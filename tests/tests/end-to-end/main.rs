@@ -1,7 +1,8 @@
 //! Omega end to end: guests under `omega run` on one lab PC, their disks on another.
 //!
 //! Each test has PCs of its own. They come from a snapshot in about a second, which is why nothing is shared
-//! between tests. One test runs at a time: two PCs have two processors' worth of work.
+//! between tests. Most of the time one PC of a test waits for another: alone, tests leave half of two processors
+//! idle, so two of them run side by side where there is room for both.
 
 mod boot;
 mod disk;
@@ -16,27 +17,47 @@ mod transport;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::{Mutex, PoisonError};
+use std::thread;
 use std::time::Instant;
 
 type Test = fn() -> anyhow::Result<()>;
 
-/// Names begin with what a test needs: `native` ones need no lab PC.
+/// Names begin with what a test needs: `native` ones need no lab PC. Long ones come early, so that no single one is
+/// left at the end.
 const ALL: &[&[(&str, Test)]] = &[
     native::TESTS,
     lab_itself::TESTS,
-    boot::TESTS,
-    mistakes::TESTS,
-    disk::TESTS,
-    memory::TESTS,
-    transport::TESTS,
-    identity::TESTS,
-    rdma::TESTS,
     storm::TESTS,
+    memory::TESTS,
+    disk::TESTS,
+    rdma::TESTS,
+    identity::TESTS,
+    mistakes::TESTS,
+    transport::TESTS,
+    boot::TESTS,
 ];
+
+/// What the PCs of one test take at most, in MiB: three of them with 2 GiB each, of which most is never touched.
+const ROOM: u64 = 5 << 10;
+
+/// How many tests run at once: `LAB_TESTS_AT_ONCE`, or two where they have a processor and memory each.
+fn at_once() -> usize {
+    let wanted = std::env::var("LAB_TESTS_AT_ONCE").ok().and_then(|count| count.parse().ok());
+    wanted.unwrap_or_else(|| {
+        let processors = thread::available_parallelism().map_or(1, usize::from);
+        let about = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+        let free =
+            about.lines().find_map(|line| line.strip_prefix("MemAvailable:")?.trim().strip_suffix(" kB"));
+        let free = free.and_then(|kib| kib.trim().parse::<u64>().ok()).unwrap_or(0) >> 10;
+        if processors >= 2 && free >= 2 * ROOM { 2 } else { 1 }
+    })
+}
 
 /// Runs a test; a second time if it only fell silent in an emulated PC, where a guest was seen to stand still
 /// and no cause was found. The repetition is counted and shown; what a test found to be wrong stands.
-fn attempt(name: &str, test: Test) -> std::thread::Result<anyhow::Result<()>> {
+fn attempt(name: &str, test: Test) -> thread::Result<anyhow::Result<()>> {
     let result = catch_unwind(AssertUnwindSafe(test));
     match &result {
         Ok(Err(error))
@@ -50,6 +71,32 @@ fn attempt(name: &str, test: Test) -> std::thread::Result<anyhow::Result<()>> {
         }
         _ => result,
     }
+}
+
+enum Outcome {
+    Passed,
+    Failed,
+    Ignored,
+}
+
+/// Runs one test and says how it ended.
+fn one(name: &str, test: Test, cannot: Option<&str>) -> Outcome {
+    if let Some(why) = cannot.filter(|_| !name.starts_with("native")) {
+        println!("test {name} ... ignored, cannot run: {why}");
+        return Outcome::Ignored;
+    }
+    let start = Instant::now();
+    let result = attempt(name, test);
+    let took = start.elapsed().as_secs_f32();
+    match result {
+        Ok(Ok(())) => {
+            println!("test {name} ... ok <{took:.1}s>");
+            return Outcome::Passed;
+        }
+        Ok(Err(error)) => println!("{error:#}\ntest {name} ... FAILED <{took:.1}s>"),
+        Err(_) => println!("test {name} ... FAILED <{took:.1}s>"),
+    }
+    Outcome::Failed
 }
 
 /// Takes what `cargo test` passes on: words that names have to contain, `--exact`, `--skip WORD`, `--list`. The
@@ -77,33 +124,26 @@ fn main() -> ExitCode {
         tests.iter().for_each(|(name, _)| println!("{name}: test"));
         return ExitCode::SUCCESS;
     }
-    let cannot = lab::host::host().err();
-    let (mut passed, mut ignored, mut failures) = (0, 0, Vec::new());
+    let cannot = lab::host::host().err().map(|why| why.to_string());
     println!("\nrunning {} tests", tests.len());
-    for (name, test) in tests {
-        if let Some(why) = cannot.as_ref().filter(|_| !name.starts_with("native")) {
-            println!("test {name} ... ignored, cannot run: {why}");
-            ignored += 1;
-            continue;
+    let next = AtomicUsize::new(0);
+    let outcomes = Mutex::new((0, 0, Vec::new()));
+    thread::scope(|scope| {
+        for _ in 0..at_once().clamp(1, tests.len().max(1)) {
+            scope.spawn(|| {
+                while let Some((name, test)) = tests.get(next.fetch_add(1, Relaxed)) {
+                    let outcome = one(name, *test, cannot.as_deref());
+                    let mut outcomes = outcomes.lock().unwrap_or_else(PoisonError::into_inner);
+                    match outcome {
+                        Outcome::Passed => outcomes.0 += 1,
+                        Outcome::Ignored => outcomes.1 += 1,
+                        Outcome::Failed => outcomes.2.push(*name),
+                    }
+                }
+            });
         }
-        let start = Instant::now();
-        let result = attempt(name, test);
-        let took = start.elapsed().as_secs_f32();
-        match result {
-            Ok(Ok(())) => {
-                println!("test {name} ... ok <{took:.1}s>");
-                passed += 1;
-            }
-            Ok(Err(error)) => {
-                println!("{error:#}\ntest {name} ... FAILED <{took:.1}s>");
-                failures.push(name);
-            }
-            Err(_) => {
-                println!("test {name} ... FAILED <{took:.1}s>");
-                failures.push(name);
-            }
-        }
-    }
+    });
+    let (passed, ignored, failures) = outcomes.into_inner().unwrap_or_else(PoisonError::into_inner);
     let word = if failures.is_empty() { "ok" } else { "FAILED" };
     println!("\ntest result: {word}. {passed} passed; {} failed; {ignored} ignored", failures.len());
     failures.iter().for_each(|name| println!("    {name}"));

@@ -47,7 +47,7 @@ pub(super) fn a_helper_with_no_memory_to_spare() -> Result<()> {
     let scene = Scene::new("memory-pressure", None)?;
     scene.lend(&[], "256M")?;
     let agent = scene.agent();
-    let guest = mini("pattern", "24,2,1000000", "none").memory_helper(&agent, "helper", "192M");
+    let guest = mini("pattern", "16,2,1000000", "none").memory_helper(&agent, "helper", "192M");
     let guest = guest.start(&scene.console)?;
     guest.expect("omega-pattern: round 1 ")?;
 
@@ -89,7 +89,7 @@ pub(super) fn what_a_dead_console_had_leased() -> Result<()> {
     configure(&scene.helper, &agent, &[], memory)?;
     let before = shared_kib(&scene.helper)?;
     let guest = |pattern: &str| mini("pattern", pattern, "none").memory_helper(&agent, "helper", "192M");
-    let running = guest("24,2,1000000").start(&scene.console)?;
+    let running = guest("16,2,1000000").start(&scene.console)?;
     running.expect("omega-pattern: round 1 ")?;
     let full = stored(&scene.helper)?;
     ensure!(full > 12 << 20, "too little is on the helper: {full} bytes");

@@ -25,7 +25,7 @@ pub(super) fn a_lost_helper_stops_the_guest_as_a_whole() -> Result<()> {
     let scene = Scene::new("memory-none", None)?;
     scene.lend(&[], "256M")?;
     let agent = scene.agent();
-    let guest = mini("pattern", "24,2,1000000", "none").memory_helper(&agent, "helper", "192M");
+    let guest = mini("pattern", "16,2,1000000", "none").memory_helper(&agent, "helper", "192M");
     let guest = guest.start(&scene.console)?;
     guest.expect("omega-pattern: round 1 ")?;
 
@@ -56,7 +56,7 @@ pub(super) fn a_helper_is_drained_and_switched_off() -> Result<()> {
     let scene = Scene::with_lenders("memory-drain", None, 1)?;
     scene.lend(&[], "256M")?;
     let second = &scene.lenders[0];
-    let guest = mini("pattern", "24,2,1000000", "none")
+    let guest = mini("pattern", "16,2,1000000", "none")
         .memory_helper(&scene.agent(), "helper", "192M")
         .memory_helper(&second.address(), "helper2", "192M")
         .start(&scene.console)?;

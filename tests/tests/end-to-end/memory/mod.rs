@@ -12,6 +12,10 @@ use lab::pc::Pc;
 use lab::scene::wait_until;
 
 pub(crate) const TESTS: &[(&str, crate::Test)] = &[
+    (
+        "memory::debian_compiles_with_most_of_its_memory_elsewhere_and_a_helper_dies",
+        debian::debian_compiles_while_a_helper_dies,
+    ),
     ("memory::what_is_not_lent_is_said_in_one_line", leases::what_is_not_lent_is_said_in_one_line),
     (
         "memory::a_helper_with_no_memory_to_spare_keeps_what_it_lent_and_refuses_more",
@@ -32,10 +36,6 @@ pub(crate) const TESTS: &[(&str, crate::Test)] = &[
     (
         "memory::a_helper_is_drained_while_the_guest_runs_and_switched_off",
         loss::a_helper_is_drained_and_switched_off,
-    ),
-    (
-        "memory::debian_compiles_with_most_of_its_memory_elsewhere_and_a_helper_dies",
-        debian::debian_compiles_while_a_helper_dies,
     ),
 ];
 
