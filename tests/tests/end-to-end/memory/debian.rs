@@ -21,10 +21,11 @@ pub(super) fn debian_compiles_while_a_helper_dies() -> Result<()> {
         .remote_disk(&scene.agent(), "root", "")
         .start(&scene.console)?;
     guest.log_in().context("The boot")?;
-    let compile = |program: &str| format!("gcc -O2 -pthread -o /tmp/{program} /usr/src/omega-pattern.c");
+    let compile = |program: &str| format!("gcc -pthread -o /tmp/{program} /usr/src/omega-pattern.c");
     guest.shell(&compile("before"))?;
 
-    guest.shell(": >/tmp/said; /tmp/before 56 2 1000000 >>/tmp/said 2>&1 & echo $! >/tmp/pid")?;
+    // The compiler goes first: what the checker looks at is elsewhere most of the time anyway.
+    guest.shell(": >/tmp/said; nice /tmp/before 56 2 1000000 >>/tmp/said 2>&1 & echo $! >/tmp/pid")?;
     // The checker says nothing but its rounds, unless something is wrong.
     let go_on = |more: usize| {
         let wait = format!(
@@ -47,7 +48,8 @@ pub(super) fn debian_compiles_while_a_helper_dies() -> Result<()> {
     guest.types(&format!("({}; echo $? >/tmp/compiled) >/tmp/errors 2>&1 &\n", compile("during")))?;
     guest.shell("until pgrep cc1 || [ -e /tmp/compiled ]; do sleep 0.2; done")?;
     second.kill();
-    guest.shell("until [ -e /tmp/compiled ]; do sleep 0.5; done; [ $(cat /tmp/compiled) = 0 ] || { cat /tmp/errors; false; }")?;
+    let compiled = "until [ -e /tmp/compiled ]; do sleep 0.5; done; [ $(cat /tmp/compiled) = 0 ] || { cat /tmp/errors; false; }";
+    guest.shell_for(compiled, 2 * PATIENCE)?;
     // All of the last of these rounds is after that.
     go_on(2)?;
     guest.shell("cmp /tmp/before /tmp/during && kill $(cat /tmp/pid)")?;
