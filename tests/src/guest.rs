@@ -10,7 +10,7 @@ use crate::pc::Pc;
 use crate::runner::{Output, Process, Runner};
 
 /// How long a guest may take for anything: KVM under emulation on a busy machine is slow, not broken.
-pub const PATIENCE: Duration = Duration::from_secs(300);
+pub const PATIENCE: Duration = Duration::from_secs(600);
 
 /// How long to look for the reason when a guest does not do what is expected.
 const EXPLAINED_WITHIN: Duration = Duration::from_secs(60);

@@ -23,9 +23,9 @@ use crate::runner::{Output, Process, Runner};
 use crate::snapshot::{self, Snapshot};
 
 /// How long a PC may take to come up. An emulated one needs 12 s on an idle machine.
-pub const BOOT: Duration = Duration::from_secs(300);
+pub const BOOT: Duration = Duration::from_secs(600);
 /// How long a command may take when nothing else is said.
-pub const COMMAND: Duration = Duration::from_secs(300);
+pub const COMMAND: Duration = Duration::from_secs(600);
 /// What the data disk of every PC has room for.
 const DATA_SIZE: &str = "4G";
 

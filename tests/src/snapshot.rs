@@ -18,7 +18,7 @@ use crate::images::{own_binary, target};
 use crate::pc::Pc;
 use crate::qmp::Qmp;
 
-const PATIENCE: Duration = Duration::from_secs(300);
+const PATIENCE: Duration = Duration::from_secs(600);
 /// How many snapshots are kept beside a new one, 100 to 200 MB each.
 const KEPT: usize = 5;
 

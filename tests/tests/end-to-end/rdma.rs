@@ -14,7 +14,7 @@ pub(crate) const TESTS: &[(&str, crate::Test)] = &[(
 )];
 
 /// How long anything may take.
-const PATIENCE: Duration = Duration::from_secs(300);
+const PATIENCE: Duration = Duration::from_secs(600);
 
 /// What the log of `omega run` says when RDMA takes over.
 const TAKES_OVER: &str = "carrier=rdma";

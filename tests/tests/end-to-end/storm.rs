@@ -18,7 +18,7 @@ pub(crate) const TESTS: &[(&str, crate::Test)] = &[(
 /// What the checker writes to and reads from.
 const MIB: u32 = 16;
 /// How long the guest's I/O may need to go on after a fault is over.
-const RECOVERY: Duration = Duration::from_secs(180);
+const RECOVERY: Duration = Duration::from_secs(360);
 
 /// What happens to the helper PC or its agent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
