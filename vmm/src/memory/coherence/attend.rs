@@ -73,8 +73,10 @@ impl Attendant {
     fn new(inner: Arc<Inner>, shard: usize, boards: Vec<Board>) -> io::Result<Self> {
         let mut ring = Ring::new(ENTRIES)?;
         let own = ring.source();
-        let riders =
-            boards.into_iter().map(|board| board(&mut ring, Ear::of(&inner))).collect::<io::Result<_>>()?;
+        let riders = boards
+            .into_iter()
+            .map(|board| board(&mut ring, Ear::riding(&inner)))
+            .collect::<io::Result<_>>()?;
         let mut attendant = Self {
             ring,
             own,
@@ -101,8 +103,9 @@ impl Attendant {
                 self.inner.expired(self.shard);
             }
             let now = Instant::now();
+            let later = self.inner.send_later(now);
             let due = self.riders.iter_mut().filter_map(|rider| rider.tick(&mut self.ring, now)).min();
-            let timeout = due.map(|due| due.saturating_duration_since(now));
+            let timeout = later.into_iter().chain(due.map(|due| due.saturating_duration_since(now))).min();
             self.ring.wait(if self.works() { Some(Duration::ZERO) } else { timeout })?;
             while let Some(completion) = self.ring.reap() {
                 self.complete(completion)?;

@@ -5,22 +5,24 @@ use std::os::fd::{AsRawFd as _, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
+use smallvec::SmallVec;
 use transport::buffer::Buffer;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::attend::{self, Board};
 use super::counters::Counters;
-use super::message::{Member, Members};
+use super::message::{Member, Members, ToHome};
 use super::shard::{Failure, Mail, Shard, whole};
-use super::wire::{Age, Letter, What};
+use super::wire::{Age, BODY, Letter, What};
 use super::{Homes, Violation};
 use crate::memory::Ram;
 use crate::memory::frames::{Fault, Frames, Shards, Unwatched, Whole, worker};
 
 /// How members reach each other.
 pub trait Lines: Send + Sync {
-    /// Sends `body`, and a page of `content` if there is one, to member `to`: once, however long that takes. Messages may
+    /// Sends `body`, a few letters, and a page of `content` if there is one, to member `to`: once, however long that takes. Messages may
     /// overtake each other. It neither blocks nor calls the engine.
     fn send(&self, to: Member, body: &[u8], content: Option<Buffer>);
 }
@@ -74,7 +76,11 @@ pub struct Engine {
 
 /// Where messages for a member's engine go. Clones are the same.
 #[derive(Clone)]
-pub struct Ear(Arc<Inner>);
+pub struct Ear {
+    inner: Arc<Inner>,
+    /// On the thread of a shard: what is not urgent may go with the next message.
+    riding: bool,
+}
 
 /// What is shared by all threads.
 pub(super) struct Inner {
@@ -89,7 +95,21 @@ pub(super) struct Inner {
     /// Who has not forgotten yet.
     forgetting: Mutex<Members>,
     forgotten: Condvar,
+    later: Mutex<Later>,
 }
+
+/// Letters that wait for another one to go with, and since when.
+#[derive(Default)]
+struct Later {
+    letters: SmallVec<[(Member, Letter); 8]>,
+    since: Option<Instant>,
+}
+
+/// So many of them go together.
+const MOST_LATER: usize = 7;
+
+/// So long at most a letter waits for another.
+const LATER: Duration = Duration::from_micros(20);
 
 impl Engine {
     /// Starts. Whoever touches `ram` from now on may have to wait for other members; nobody may have touched it before.
@@ -136,6 +156,7 @@ impl Engine {
             closed: AtomicBool::new(false),
             forgetting: Mutex::default(),
             forgotten: Condvar::new(),
+            later: Mutex::default(),
         });
         let engine = Self { inner, threads: Mutex::default() };
         let mut boards = Some(boards);
@@ -150,7 +171,7 @@ impl Engine {
     /// Where messages from other members go.
     #[must_use]
     pub fn ear(&self) -> Ear {
-        Ear(self.inner.clone())
+        Ear { inner: self.inner.clone(), riding: false }
     }
 
     /// What was counted until now.
@@ -219,25 +240,49 @@ impl Drop for Engine {
     }
 }
 
+impl Later {
+    /// Takes out what is for `to`, up to a few letters.
+    fn take(&mut self, to: Member, body: &mut SmallVec<[u8; 4 * BODY]>) {
+        while body.len() < MOST_LATER * BODY
+            && let Some(at) = self.letters.iter().position(|(other, _)| *other == to)
+        {
+            body.extend_from_slice(&self.letters.remove(at).1.encode());
+        }
+        if self.letters.is_empty() {
+            self.since = None;
+        }
+    }
+}
+
 impl Ear {
-    pub(super) fn of(inner: &Arc<Inner>) -> Self {
-        Self(inner.clone())
+    /// For a rider on a shard's ring.
+    pub(super) fn riding(inner: &Arc<Inner>) -> Self {
+        Self { inner: inner.clone(), riding: true }
     }
 
     /// Hears what member `from` has sent with [`Lines::send`]. Whatever follows from it is done when this returns; any
     /// thread may call it.
     pub fn hear(&self, from: Member, body: &[u8], content: Option<Buffer>) {
-        self.0.hear(from, body, content);
+        self.inner.hear(from, body, content, self.riding);
     }
 
     /// `from` is gone for good, or something else has happened after which memory cannot be trusted: the guest has to stop.
     pub fn lost(&self, why: &str) {
-        self.0.stop(why);
+        self.inner.stop(why);
     }
 }
 
 impl Inner {
-    fn hear(&self, from: Member, body: &[u8], content: Option<Buffer>) {
+    fn hear(&self, from: Member, body: &[u8], content: Option<Buffer>, riding: bool) {
+        let (letters, rest) = body.as_chunks::<BODY>();
+        let Some((last, before)) = letters.split_last().filter(|_| rest.is_empty()) else {
+            return self.violated(from, Violation("a message that makes no sense"));
+        };
+        before.iter().for_each(|letter| self.letter(from, letter, None, riding));
+        self.letter(from, last, content, riding);
+    }
+
+    fn letter(&self, from: Member, body: &[u8], content: Option<Buffer>, riding: bool) {
         if self.why.get().is_some() || self.is_closed() {
             return;
         }
@@ -256,7 +301,7 @@ impl Inner {
                 let Some((shard, place)) = owner else {
                     return self.violated(from, Violation("a page that is not in RAM"));
                 };
-                self.finish(from, shard.hear(from, place, letter, content));
+                self.finish(from, shard.hear(from, place, letter, content), riding);
             }
             What::Forget | What::GoOn if from.number() != 0 => {
                 self.violated(from, Violation("only the console may have memory forgotten"));
@@ -276,17 +321,46 @@ impl Inner {
         }
     }
 
-    /// Sends what came of some work, or stops.
-    fn finish(&self, from: Member, worked: Result<Mail, Failure>) {
-        match worked {
-            Ok(mail) => {
-                for (to, letter, content) in mail {
-                    self.lines.send(to, &letter.encode(), content);
-                }
-            }
-            Err(Failure::Violation(violation)) => self.violated(from, violation),
+    /// Sends what came of some work, or stops. With `riding`, a `Done` waits a moment for another message to its page's
+    /// home to go with: it delays nobody but the next transaction of the page, which is held here meanwhile.
+    fn finish(&self, from: Member, worked: Result<Mail, Failure>, riding: bool) {
+        let mail = match worked {
+            Ok(mail) if mail.is_empty() => return,
+            Ok(mail) => mail,
+            Err(Failure::Violation(violation)) => return self.violated(from, violation),
             Err(Failure::Kernel(why)) => worker::fail(&why.to_string()),
+        };
+        for (to, letter, content) in mail {
+            if riding && matches!(letter.what, What::Home(_, ToHome::Done { .. })) {
+                let mut later = lock(&self.later);
+                later.since.get_or_insert_with(Instant::now);
+                later.letters.push((to, letter));
+                continue;
+            }
+            let mut body = SmallVec::<[u8; 4 * BODY]>::new();
+            if content.is_none() {
+                lock(&self.later).take(to, &mut body);
+            }
+            body.extend_from_slice(&letter.encode());
+            self.lines.send(to, &body, content);
         }
+    }
+
+    /// Sends what has waited for long enough; says how long the rest may wait.
+    pub(super) fn send_later(&self, now: Instant) -> Option<Duration> {
+        let mut later = lock(&self.later);
+        let waited = now.saturating_duration_since(later.since?);
+        if waited < LATER {
+            return Some(LATER - waited);
+        }
+        let mut letters = std::mem::take(&mut *later);
+        drop(later);
+        while let Some((to, _)) = letters.letters.first().copied() {
+            let mut body = SmallVec::new();
+            letters.take(to, &mut body);
+            self.lines.send(to, &body, None);
+        }
+        None
     }
 
     fn violated(&self, from: Member, violation: Violation) {
@@ -382,14 +456,14 @@ impl Inner {
     /// Works faults of the shard off.
     pub(super) fn faults(&self, shard: usize, faults: &[Fault]) {
         if let Some(shard) = self.shards.get(shard).filter(|_| !faults.is_empty()) {
-            self.finish(self.me, shard.faults(faults));
+            self.finish(self.me, shard.faults(faults), false);
         }
     }
 
     /// The shard's timer has expired.
     pub(super) fn expired(&self, shard: usize) {
         if let Some(shard) = self.shards.get(shard) {
-            self.finish(self.me, shard.expired());
+            self.finish(self.me, shard.expired(), false);
         }
     }
 }

@@ -59,7 +59,9 @@ fn fight(words: Words, thread: usize, steps: u32, mut seed: u64) -> [u64; 6] {
 
 #[test]
 fn nothing_is_lost_or_goes_back_however_many_fight_for_a_page_and_whatever_overtakes_what() {
-    for (members, order, seed) in [(2, Order::Sent, 1), (3, Order::Any(7), 2), (2, Order::Any(8), 3)] {
+    for (members, order, seed) in
+        [(2, Order::Sent, 1), (3, Order::Any(7), 2), (2, Order::Any(8), 3), (3, Order::Riding, 4)]
+    {
         let Some(scene) = Scene::new(members, 32 << 20, 1, order) else { return };
         let added: Vec<[u64; 6]> = thread::scope(|scope| {
             let fighters: Vec<_> = (0..2 * usize::from(members))
@@ -82,6 +84,24 @@ fn nothing_is_lost_or_goes_back_however_many_fight_for_a_page_and_whatever_overt
         }
         scene.nobody_stopped();
     }
+}
+
+#[test]
+fn what_waits_for_another_message_to_go_with_goes_alone_if_there_is_none() {
+    let Some(scene) = Scene::new(2, 32 << 20, 1, Order::Riding) else { return };
+    let [reader, writer] = [0, 1].map(|member| scene.words(member));
+    let pages = || PIECE - 100..PIECE;
+    // At home at member 0, so what member 1 asks for and is done with goes over the line.
+    pages().for_each(|page| reader.page(page).store(1, SeqCst));
+    let before = scene.lines(1);
+    pages().for_each(|page| assert_eq!(writer.page(page).load(SeqCst), 1));
+    let after = scene.lines(1);
+    // A page takes a request and a `Done`, which may go with the next request.
+    assert!((100..=200).contains(&(after - before)), "{} messages for 100 pages", after - before);
+    // The last `Done` came too: else the home would let nobody else have the page.
+    reader.page(PIECE - 1).store(2, SeqCst);
+    assert_eq!(writer.page(PIECE - 1).load(SeqCst), 2);
+    scene.nobody_stopped();
 }
 
 #[test]

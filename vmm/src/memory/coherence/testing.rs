@@ -2,16 +2,20 @@
 #![allow(unsafe_code)] // RAM is touched as a guest touches it, by address.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::os::fd::AsRawFd as _;
+use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::{self, JoinHandle};
+use std::time::Instant;
 
 use transport::buffer::Buffer;
+use transport::ring::{Completion, Ring, Source};
 use vm_memory::{GuestAddress, GuestMemoryBackend as _};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::engine::{Ear, Engine, Error, Lines, Options};
 use super::message::{Member, Members};
-use super::{Counters, Homes};
+use super::{Board, Counters, Homes, Rider};
 use crate::memory::frames::{PAGE, Pieces};
 use crate::memory::{Backing, Layout, Ram};
 use crate::units::Bytes;
@@ -23,6 +27,8 @@ pub(crate) enum Order {
     Sent,
     /// Any, by this seed.
     Any(u64),
+    /// As they were sent, heard on the ring of the member's shard.
+    Riding,
 }
 
 pub(crate) fn member(number: u8) -> Member {
@@ -41,6 +47,9 @@ type Message = (Member, Vec<u8>, Option<Buffer>);
 struct Queue {
     waiting: Mutex<Option<VecDeque<Message>>>,
     came: Condvar,
+    bell: EventFd,
+    /// How many messages this member has sent.
+    sent: AtomicUsize,
 }
 
 /// What a member sends by.
@@ -51,10 +60,12 @@ struct Post {
 
 impl Lines for Post {
     fn send(&self, to: Member, body: &[u8], content: Option<Buffer>) {
+        self.queues[usize::from(self.me.number())].sent.fetch_add(1, Ordering::SeqCst);
         let queue = &self.queues[usize::from(to.number())];
         if let Some(waiting) = queue.waiting.lock().expect("no panic").as_mut() {
             waiting.push_back((self.me, body.to_vec(), content));
             queue.came.notify_one();
+            let _ = queue.bell.write(1);
         }
     }
 }
@@ -66,7 +77,7 @@ fn hear(queue: &Queue, ear: &Ear, order: Order) {
         let (from, body, content) = loop {
             let Some(messages) = waiting.as_mut() else { return };
             let next = match order {
-                Order::Sent => messages.pop_front(),
+                Order::Sent | Order::Riding => messages.pop_front(),
                 Order::Any(_) => messages.swap_remove_back(dice(&mut seed) as usize % messages.len().max(1)),
             };
             match next {
@@ -76,6 +87,47 @@ fn hear(queue: &Queue, ear: &Ear, order: Order) {
         };
         drop(waiting);
         ear.hear(from, &body, content);
+    }
+}
+
+/// Hears on a shard's ring.
+struct Riding {
+    queues: Arc<Vec<Queue>>,
+    me: usize,
+    ear: Ear,
+    own: Source,
+}
+
+impl Riding {
+    fn board(queues: Arc<Vec<Queue>>, me: usize) -> Board {
+        Box::new(move |ring, ear| {
+            let own = ring.source();
+            ring.poll_readable(queues[me].bell.as_raw_fd(), true, own.token(0));
+            Ok(Box::new(Self { queues, me, ear, own }))
+        })
+    }
+}
+
+impl Rider for Riding {
+    fn complete(&mut self, _: &mut Ring, completion: Completion) -> bool {
+        if completion.token.source() != self.own {
+            return false;
+        }
+        let queue = &self.queues[self.me];
+        let _ = queue.bell.read();
+        let next = || queue.waiting.lock().expect("no panic").as_mut().and_then(VecDeque::pop_front);
+        while let Some((from, body, content)) = next() {
+            self.ear.hear(from, &body, content);
+        }
+        true
+    }
+
+    fn tick(&mut self, _: &mut Ring, _: Instant) -> Option<Instant> {
+        None
+    }
+
+    fn close(&mut self, ring: &mut Ring) {
+        ring.cancel(self.own.token(0));
     }
 }
 
@@ -95,7 +147,12 @@ impl Scene {
         let members = (0..count).map(member).fold(Members::default(), Members::with);
         let all: Vec<Member> = members.iter().collect();
         let homes = Homes::spread(Pieces::new(Bytes(size)), &all).expect("there are members");
-        let queue = || Queue { waiting: Mutex::new(Some(VecDeque::new())), came: Condvar::new() };
+        let queue = || Queue {
+            waiting: Mutex::new(Some(VecDeque::new())),
+            came: Condvar::new(),
+            bell: EventFd::new(EFD_NONBLOCK).expect("an eventfd"),
+            sent: AtomicUsize::new(0),
+        };
         let queues: Arc<Vec<Queue>> = Arc::new(all.iter().map(|_| queue()).collect());
         let mut scene = Self {
             engines: Vec::new(),
@@ -111,7 +168,10 @@ impl Scene {
             let lines = Arc::new(Post { me, queues: queues.clone() });
             let stopped = scene.stopped.clone();
             let broken = Box::new(move |why: &str| stopped.lock().expect("no panic").push(why.into()));
-            match Engine::start(&ram, &options, lines, broken, Vec::new()) {
+            let number = usize::from(me.number());
+            let boards =
+                if order == Order::Riding { vec![Riding::board(queues.clone(), number)] } else { Vec::new() };
+            match Engine::start(&ram, &options, lines, broken, boards) {
                 Ok(engine) => scene.engines.push(engine),
                 Err(Error::Userfault(why)) => {
                     eprintln!("cannot run: no userfaultfd for the kernel's faults: {why}");
@@ -121,7 +181,7 @@ impl Scene {
             }
             scene.rams.push(ram);
         }
-        for (number, engine) in scene.engines.iter().enumerate() {
+        for (number, engine) in scene.engines.iter().enumerate().filter(|_| order != Order::Riding) {
             let (ear, queues) = (engine.ear(), queues.clone());
             scene.threads.push(thread::spawn(move || hear(&queues[number], &ear, order)));
         }
@@ -132,6 +192,11 @@ impl Scene {
     pub(crate) fn words(&self, member: usize) -> Words {
         let base = self.rams[member].memory().get_host_address(GuestAddress(0)).expect("RAM");
         Words { base: base as usize, len: 16 << 20 }
+    }
+
+    /// How many messages `member` has sent.
+    pub(crate) fn lines(&self, member: usize) -> usize {
+        self.queues[member].sent.load(Ordering::SeqCst)
     }
 
     /// What `member` has counted.

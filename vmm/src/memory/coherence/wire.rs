@@ -1,4 +1,5 @@
-//! Messages as bytes. A body has 16 of them, and one encoding only; content is the message's payload.
+//! Messages as bytes. A letter has 16 of them, and one encoding only. A body is one letter or several, one after the
+//! other; content is the payload, and belongs to the last.
 //!
 //! ```text
 //!   0      1        2      4                          12      14     15     16
@@ -10,7 +11,7 @@
 use super::message::{Answer, Content, Granted, MEMBERS, Member, Order, Right, ToHome, ToMember, Txn};
 use crate::memory::frames::Page;
 
-/// Bytes in a body.
+/// Bytes in a letter.
 pub const BODY: usize = 16;
 
 /// How often the guest's memory was forgotten: what is older than that is about memory that is no more.
