@@ -337,7 +337,7 @@ fn extended_state(members: &[Candidate<'_>], shown: &mut Features) {
     let kernel = if placed(shown, 11) && placed(shown, 12) { kernel } else { 0 };
     shown
         .leaves
-        .retain(|(function, part), _| *function != 0xd || *part < 2 || (state | kernel) >> part & 1 != 0);
+        .retain(|(function, part), _| *function != 0xd || *part < 2 || *part < 63 && (state | kernel) >> part & 1 != 0);
     if !Feature::named("XSAVE").is_some_and(|xsave| shown.has(xsave)) {
         shown.leaves.retain(|(function, _), _| *function != 0xd);
         return;
