@@ -21,7 +21,8 @@ fn every_table_is_found_from_the_rsdp_and_sums_to_zero() {
     let ram = Ram::new(&layout, Backing::Private).expect("RAM");
     let node = |cpus: &[u8]| NumaNode { size: Bytes(2 << 30), cpus: cpus.to_vec() };
     let numa = [node(&[0, 1]), node(&[2, 3])];
-    let rsdp = write(ram.memory(), &layout, 64, &numa).expect("the tables fit");
+    let rsdp =
+        write(ram.memory(), &layout, 64, &numa, &[vec![10, 86], vec![86, 10]]).expect("the tables fit");
     assert_eq!(rsdp.0, TABLES.base);
     let mut bytes = [0; 36];
     ram.memory().read_slice(&mut bytes, rsdp).expect("RAM");
@@ -45,5 +46,31 @@ fn every_table_is_found_from_the_rsdp_and_sums_to_zero() {
             assert!(dsdt.starts_with(b"DSDT") && sum(&dsdt) == 0);
         }
     }
-    assert_eq!(found, ["FACP", "APIC", "MCFG", "SRAT"]);
+    assert_eq!(found, ["FACP", "APIC", "MCFG", "SRAT", "SLIT"]);
+}
+
+#[test]
+fn nodes_are_read_back_from_srat_and_slit_as_they_were_given() {
+    let layout = Layout::new(Bytes(4 << 30), 40).expect("it fits");
+    let node = |gib: u64, cpus: &[u8]| NumaNode { size: Bytes(gib << 30), cpus: cpus.to_vec() };
+    let mut bytes = Vec::new();
+    srat::srat(&layout, &[node(2, &[0, 1, 2]), node(2, &[3])]).to_aml_bytes(&mut bytes);
+    let number = |at: usize, len: usize| {
+        bytes[at..at + len].iter().rev().fold(0_u64, |value, byte| value << 8 | u64::from(*byte))
+    };
+    let (mut cpus, mut ranges, mut at) = (Vec::new(), Vec::new(), 48);
+    while at < bytes.len() {
+        match bytes[at] {
+            // Processor: the domain's low byte, then the APIC ID.
+            0 => cpus.push((bytes[at + 2], bytes[at + 3], number(at + 4, 4))),
+            _ => ranges.push((number(at + 2, 4), number(at + 8, 8), number(at + 16, 8), number(at + 28, 4))),
+        }
+        at += usize::from(bytes[at + 1]);
+    }
+    assert_eq!(cpus, [(0, 0, 1), (0, 1, 1), (0, 2, 1), (1, 3, 1)]);
+    // The second node lies on both sides of the hole below 4 GiB.
+    assert_eq!(ranges, [(0, 0, 2 << 30, 1), (1, 2 << 30, 1 << 30, 1), (1, 4 << 30, 1 << 30, 1)]);
+    let mut bytes = Vec::new();
+    slit::slit(&[vec![10, 53], vec![53, 10]]).to_aml_bytes(&mut bytes);
+    assert_eq!((&bytes[..4], &bytes[36..]), (&b"SLIT"[..], &[2, 0, 0, 0, 0, 0, 0, 0, 10, 53, 53, 10][..]));
 }

@@ -6,6 +6,7 @@
 mod dsdt;
 mod fixed;
 mod madt;
+mod slit;
 mod srat;
 
 use acpi_tables::Aml;
@@ -30,7 +31,8 @@ const ALIGNMENT: u64 = 64;
 #[error("The ACPI tables need {0} bytes, more than there is room for")]
 pub struct TooLarge(u64);
 
-/// Writes the tables for a machine with `cpus` vCPUs and `numa` nodes; returns the RSDP's address.
+/// Writes the tables for a machine with `cpus` vCPUs and `numa` nodes, between which are `distances`, a row for each
+/// node (none: nothing is said of them); returns the RSDP's address.
 ///
 /// # Errors
 /// They do not fit.
@@ -39,6 +41,7 @@ pub fn write(
     layout: &Layout,
     cpus: u8,
     numa: &[NumaNode],
+    distances: &[Vec<u8>],
 ) -> Result<GuestAddress, TooLarge> {
     let mut area = Area { memory, next: TABLES.base + ALIGNMENT };
     let facs = area.put(&FACS::new())?;
@@ -51,6 +54,9 @@ pub fn write(
     xsdt.add_entry(area.put(&mcfg)?);
     if numa.len() > 1 {
         xsdt.add_entry(area.put(&srat::srat(layout, numa))?);
+    }
+    if numa.len() > 1 && distances.len() == numa.len() {
+        xsdt.add_entry(area.put(&slit::slit(distances))?);
     }
     let xsdt = area.put(&xsdt)?;
     // The first thing in the area, where operating systems that are not told look for it (5.2.5.1).

@@ -22,6 +22,7 @@ use crate::cpu::{Buses, Event, Gang, Stuck};
 use crate::kvm::{Partition, PartitionState};
 use crate::loader::Kernel;
 use crate::memory::{Layout, Ram};
+use crate::span::numa;
 
 /// How long vCPUs may take to pause. They leave guest code within microseconds; only a host that is
 /// overloaded or stopped takes longer.
@@ -112,7 +113,8 @@ impl Parts {
         let memory = self.ram.memory();
         let count = self.vcpus.len() as u8;
         let begun = Instant::now();
-        let rsdp = acpi::write(memory, &self.layout, count, &self.guest.memory.numa)?;
+        let (nodes, distances) = numa::seen(&self.guest, |_, _| None);
+        let rsdp = acpi::write(memory, &self.layout, count, &nodes, &distances)?;
         let entry = lock(&self.kernel).load(memory, &self.layout, rsdp)?;
         for vcpu in &self.vcpus {
             lock(vcpu).set_up()?;

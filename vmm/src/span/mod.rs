@@ -4,6 +4,7 @@
 pub mod features;
 pub mod host;
 mod moment;
+pub mod numa;
 pub mod protocol;
 pub mod remote;
 pub mod share;

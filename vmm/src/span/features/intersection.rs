@@ -335,9 +335,9 @@ fn extended_state(members: &[Candidate<'_>], shown: &mut Features) {
     // Of what only the kernel can switch on: shadow stacks, where they are placed alike.
     let kernel = u64::from(shown.leaf(0xd, 1)[2]) & 0b11 << 11;
     let kernel = if placed(shown, 11) && placed(shown, 12) { kernel } else { 0 };
-    shown
-        .leaves
-        .retain(|(function, part), _| *function != 0xd || *part < 2 || *part < 63 && (state | kernel) >> part & 1 != 0);
+    shown.leaves.retain(|(function, part), _| {
+        *function != 0xd || *part < 2 || *part < 63 && (state | kernel) >> part & 1 != 0
+    });
     if !Feature::named("XSAVE").is_some_and(|xsave| shown.has(xsave)) {
         shown.leaves.retain(|(function, _), _| *function != 0xd);
         return;
