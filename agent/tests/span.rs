@@ -280,6 +280,23 @@ fn a_guest_that_spans_pcs_pauses_goes_on_and_ends_when_its_helper_is_gone() {
 }
 
 #[test]
+fn a_guest_stands_still_while_its_helper_is_frozen_and_loses_nothing() {
+    use vmm::control::{Controlled as _, State};
+    if !can_run() {
+        return;
+    }
+    let agent = Agent::start(LENDS);
+    let guest = run(&agent, &both(20_000, 500), "");
+    until("both vCPUs run", || guest.controller.counters()["coherence"]["fetched"] > 0);
+    agent.signal(Signal::SIGSTOP);
+    until("it stands still", || guest.controller.status().waits_for.is_some());
+    assert_eq!(guest.controller.status().state, State::Paused);
+    agent.signal(Signal::SIGCONT);
+    assert_eq!(guest.ends(&agent), Ok(Exit::PoweredOff), "{}", guest.serial());
+    assert_eq!(guest.serial(), "there\nand here\n");
+}
+
+#[test]
 fn an_agent_that_lends_no_vcpus_or_not_so_many_says_so() {
     if !can_run() {
         return;

@@ -22,7 +22,7 @@ pub use doorbell::Doorbells;
 pub use fitness::{Fitness, fitness};
 pub use interrupt::Interrupts;
 pub use kick::{Attached, install_kick_handler, kick_signal};
-pub use partition::{Controllers, Partition, host_tsc_khz, missing_capabilities};
+pub use partition::{Controllers, Partition, missing_capabilities};
 pub use state::{CpuState, PartitionState};
 pub use vcpu::Vcpu;
 

@@ -186,15 +186,6 @@ impl Partition {
     }
 }
 
-/// The rate of this PC's time stamp counter, as a new vCPU has it, in kHz.
-///
-/// # Errors
-/// [`Error::Open`], or KVM refuses.
-pub fn host_tsc_khz() -> Result<u32, Error> {
-    let vm = open()?.create_vm().to("create a virtual machine")?;
-    vm.create_vcpu(0).to("create a vCPU")?.get_tsc_khz().to("ask for the rate of a vCPU's clock")
-}
-
 pub(super) fn open() -> Result<Kvm, Error> {
     Kvm::new().map_err(|error| Error::Open { source: io::Error::from_raw_os_error(error.errno()) })
 }

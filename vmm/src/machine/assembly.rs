@@ -108,7 +108,10 @@ pub(super) fn assemble(guest: &config::Guest, options: &Options) -> Result<Machi
     let paging = paging::start(&ram, guest, options.identity.as_ref())?;
     let spanning = spanning::start(&ram, bits, guest, options.identity.as_ref())?;
     let controllers = guest.interrupt_controllers();
-    let partition = Partition::new(ram.memory().clone(), count, controllers::of_partition(controllers))?;
+    let partition = match &spanning {
+        None => Partition::new(ram.memory().clone(), count, controllers::of_partition(controllers))?,
+        Some(spanning) => spanning.partition(&ram)?,
+    };
     let board = controllers::board(controllers)?;
     let high = Some(layout.window_64());
     let mut assembly = Assembly {
@@ -127,6 +130,9 @@ pub(super) fn assemble(guest: &config::Guest, options: &Options) -> Result<Machi
     let balloon = peripherals::add(&mut assembly, guest, options.console.as_ref(), paging.as_ref())?;
     pci(&mut assembly)?;
     let vcpus = controllers::vcpus(&partition, count, assembly.board.as_ref(), spanning.as_ref())?;
+    if let (Some(spanning), Some(first)) = (&spanning, vcpus.first()) {
+        spanning.keep_time(lock(first).tsc_offset()?)?;
+    }
     let cpus =
         vcpus.iter().map(|vcpu| lock(vcpu).save().map(VcpuState::without_clock)).collect::<Result<_, _>>()?;
     let power_on = (cpus, partition.save()?.without_clock());

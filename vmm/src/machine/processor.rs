@@ -35,6 +35,10 @@ pub(crate) trait Vcpu: Processor + Send {
     fn save(&mut self) -> Result<VcpuState, Error>;
     /// Takes over a state.
     fn restore(&mut self, state: &VcpuState) -> Result<(), Error>;
+    /// By how much its time stamp counter is ahead of this PC's, wrapping.
+    fn tsc_offset(&self) -> Result<u64, Error> {
+        Ok(0)
+    }
     /// Sets what firmware sets on every processor.
     fn set_up(&mut self) -> Result<(), Error>;
     /// Puts it at a kernel's entry point.
@@ -82,6 +86,10 @@ impl Vcpu for ApicCpu<kvm::Vcpu> {
     fn kick(&self) -> Option<Kick> {
         let inbox = std::sync::Arc::clone(self.inbox());
         Some(Box::new(move || inbox.kick()))
+    }
+
+    fn tsc_offset(&self) -> Result<u64, Error> {
+        Ok(self.core().tsc_offset()?)
     }
 
     fn save(&mut self) -> Result<VcpuState, Error> {

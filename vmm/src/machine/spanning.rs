@@ -22,16 +22,18 @@ use crate::config::{self, Placement};
 use crate::control::State;
 use crate::cpu::{Elsewhere, Fabric, Kick, Place, Processor, monotonic};
 use crate::interrupt::Board;
-use crate::kvm::{Attached, host_tsc_khz};
+use crate::kvm::tsc::{Abilities, Rate};
+use crate::kvm::{Attached, Partition};
 use crate::loader::Entry;
 use crate::memory::Ram;
 use crate::memory::coherence::message::{Member, Members};
 use crate::memory::coherence::{self, Ear, Engine, Homes, Lines, Rider};
 use crate::memory::frames::Pieces;
 use crate::memory::store::Stuck;
+use crate::span::features::{Candidate, Features, intersection};
 use crate::span::protocol::{Create, Moment, Purpose};
 use crate::span::remote::Remote;
-use crate::span::share::{Console, Share};
+use crate::span::share::{Console, Granted, Share};
 
 /// How long the helper may take for each step of the start.
 const START: Duration = Duration::from_secs(30);
@@ -43,6 +45,8 @@ const DEAD_AFTER: Duration = Duration::from_secs(2);
 const PROBE: Duration = Duration::from_millis(500);
 /// A helper that is back within this time was not away.
 const GRACE: Duration = Duration::from_millis(200);
+/// So many round trips of probes are looked at before the guest begins.
+const TRIPS: u32 = 16;
 /// Threads that read faults.
 const SHARDS: u8 = 1;
 
@@ -51,6 +55,10 @@ pub(super) struct Spanning {
     /// Closed after everything that touches guest RAM has ended.
     pub(super) engine: Engine,
     pub(super) share: Arc<Share>,
+    /// The processor that all members can be.
+    shown: Features,
+    tsc_khz: u32,
+    helper_khz: u32,
     desk: Arc<Desk>,
     placement: Placement,
     patience: Option<Duration>,
@@ -75,6 +83,15 @@ struct News {
     over: Option<String>,
     /// The shortest round trip of a probe so far.
     shortest: Option<u64>,
+    /// The last probe, and when it was sent.
+    sent: (u32, Moment),
+    /// By how much the guest's time stamp counter is ahead of this PC's, once that is known.
+    offset: Option<u64>,
+    /// How the helper's counter is turned into the guest's.
+    rate: Option<Rate>,
+    /// So many round trips were measured.
+    trips: u32,
+    measured: bool,
 }
 
 fn members() -> Option<(Member, Member)> {
@@ -119,6 +136,11 @@ pub(super) fn start(
     let line = line.map_err(failed)?;
     let said = |error: crate::span::share::Error| Error::Helper(format!("{}: {error}", place.node));
     let granted = share.granted(START).map_err(said)?;
+    let shown = shown(&granted, &place.node, layout_bits)?;
+    let abilities = Abilities::of_this_pc()?;
+    if let Some(why) = abilities.refusal("this PC", abilities.khz) {
+        return Err(Error::Helper(why));
+    }
     let pieces = Pieces::new(guest.memory.size);
     let homes = homes(&placement, pieces.pages());
     let create = Create {
@@ -130,9 +152,9 @@ pub(super) fn start(
         here,
         ram: guest.memory.size.0,
         homes: homes.clone(),
-        tsc_khz: host_tsc_khz()?.max(1),
+        tsc_khz: abilities.khz,
     };
-    share.create(create, &[], START).map_err(said)?;
+    share.create(create, &shown.encode(), START).map_err(said)?;
     let parts: Vec<(Member, u64)> = [console, helper].into_iter().zip(homes).collect();
     let unfit = || Error::Helper("the guest's memory has no homes".to_owned());
     let options = coherence::Options {
@@ -156,7 +178,26 @@ pub(super) fn start(
     let engine = Engine::start(ram, &options, Arc::new(Down(down)), broken, vec![board])?;
     tracing::info!("{} runs vCPUs of the guest (lease {})", place.node, granted.epoch);
     let patience = place.patience.map(|patience| patience.0);
-    Ok(Some(Spanning { engine, share, desk, placement, patience, _line: line }))
+    let (tsc_khz, helper_khz) = (abilities.khz, granted.tsc_khz);
+    Ok(Some(Spanning { engine, share, shown, tsc_khz, helper_khz, desk, placement, patience, _line: line }))
+}
+
+/// The processor that both members can be.
+fn shown(granted: &Granted, node: &str, bits: u8) -> Result<Features, Error> {
+    let failed = |why: &dyn std::fmt::Display| Error::Helper(format!("{node}: {why}"));
+    let theirs = Features::decode(&granted.features).map_err(|why| failed(&why))?;
+    let ours = Partition::host_features()?;
+    let members = [Candidate { node: "this PC", features: &ours }, Candidate { node, features: &theirs }];
+    let shown = intersection(&members, &[]).map_err(|why| Error::Helper(why.to_string()))?;
+    if shown.features.address_bits() < bits {
+        return Err(failed(
+            &"its processor has narrower guest addresses than this PC's; begin the guest there",
+        ));
+    }
+    for hidden in &shown.hidden {
+        tracing::debug!(feature = %hidden.feature, why = %hidden.why, "The guest is not shown a feature");
+    }
+    Ok(shown.features)
 }
 
 /// How the helper is reached.
@@ -201,6 +242,30 @@ fn holder() -> std::io::Result<u128> {
 }
 
 impl Spanning {
+    /// The console node's own part of the guest.
+    pub(super) fn partition(&self, ram: &Ram) -> Result<Partition, Error> {
+        Ok(Partition::spanning(ram.memory().clone(), &self.shown, &self.placement.counts(), self.tsc_khz)?)
+    }
+
+    /// Has the helper's vCPUs read the time stamp counter of the console node's, `offset` ticks ahead of this PC's.
+    pub(super) fn keep_time(&self, offset: u64) -> Result<(), Error> {
+        let rate = Rate { host_khz: self.helper_khz, guest_khz: self.tsc_khz };
+        {
+            let mut news = self.desk.lock();
+            (news.offset, news.rate) = (Some(offset), Some(rate));
+        }
+        let begun = Instant::now();
+        while !self.desk.lock().measured {
+            self.desk.probe(&self.share);
+            self.desk.wait_for(PROBE / 50);
+            if begun.elapsed() > START {
+                let helper = self.share.helper();
+                return Err(Error::Helper(format!("{helper} does not say what its clocks say")));
+            }
+        }
+        Ok(())
+    }
+
     /// Lets the helper's local APICs and the chipset hear of each other.
     pub(super) fn connect(&self, board: &Arc<Board>) {
         // Once.
@@ -306,15 +371,22 @@ impl Desk {
     }
 
     fn probe(&self, share: &Share) {
-        if self.lock().away.is_none() {
-            share.probe(self.probes.fetch_add(1, Ordering::Relaxed), Nanos(monotonic()));
+        let mut news = self.lock();
+        if news.away.is_none() {
+            let (number, now) = (self.probes.fetch_add(1, Ordering::Relaxed), Moment::here());
+            news.sent = (number, now);
+            share.probe(number, now.monotonic);
         }
     }
 
     /// Until something changes, or the next probe is due. Soon again while the helper is away.
     fn wait(&self) {
+        let patience = if self.lock().away.is_some() { GRACE / 4 } else { PROBE };
+        self.wait_for(patience);
+    }
+
+    fn wait_for(&self, patience: Duration) {
         let news = self.lock();
-        let patience = if news.away.is_some() { GRACE / 4 } else { PROBE };
         drop(self.changed.wait_timeout(news, patience).unwrap_or_else(PoisonError::into_inner));
     }
 }
@@ -344,20 +416,32 @@ impl Console for Desk {
         }
     }
 
-    fn answered(&self, _number: u32, sent: Nanos, there: Moment) {
+    fn answered(&self, number: u32, _sent: Nanos, there: Moment) {
         let (Some(board), Some(share)) = (self.board.get(), self.share.get()) else { return };
-        let now = monotonic();
-        let trip = now.saturating_sub(sent.0);
+        let now = Moment::here();
         let mut news = self.lock();
+        let (last, sent) = news.sent;
+        if last != number {
+            return;
+        }
+        let trip = now.monotonic.since(sent.monotonic);
+        news.trips += 1;
+        news.measured = news.trips >= TRIPS;
         if news.shortest.is_some_and(|shortest| trip > shortest + shortest / 4) {
             return;
         }
-        news.shortest = Some(news.shortest.map_or(trip, |shortest| shortest.min(trip)));
+        // It may get slower for good: what was shortest is believed less and less.
+        news.shortest = Some(news.shortest.map_or(trip, |shortest| trip.min(shortest + shortest / 64)));
+        let (offset, rate) = (news.offset, news.rate);
         drop(news);
+        self.changed.notify_all();
         // The answer was made in the middle of the trip, give or take half of it.
-        let middle = sent.0 + trip / 2;
-        let guest = board.clock().now().0.wrapping_sub(now.wrapping_sub(middle));
-        share.set_clock(guest.wrapping_sub(there.monotonic.0), 0);
+        let middle = sent.monotonic.0 + trip / 2;
+        let guest = board.clock().now().0.wrapping_sub(monotonic().wrapping_sub(middle));
+        let ticks = sent.tsc.0 + now.tsc.0.wrapping_sub(sent.tsc.0) / 2;
+        let Some((offset, rate)) = offset.zip(rate) else { return };
+        let tsc = ticks.wrapping_add(offset).wrapping_sub(rate.to_guest(there.tsc).0);
+        share.set_clock(guest.wrapping_sub(there.monotonic.0), tsc);
     }
 
     fn away(&self, why: &str) {

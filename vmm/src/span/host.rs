@@ -10,10 +10,15 @@ use devices::interrupt::{ApicId, Message, Nanos, Targets, View};
 use transport::buffer::Buffer;
 use transport::line::{Hear, MOST_PAYLOAD, Sender};
 
+use super::features::Features;
 use super::protocol::{Create, Moment, Part, ToConsole, ToHelper};
 use super::share::gather;
-use crate::cpu::{ApicCpu, Clock, Elsewhere, Fabric, Inbox, Place, Processor, Switch, VmEntry, monotonic};
-use crate::kvm::{self, Controllers, Partition, install_kick_handler};
+use super::steering::Steering;
+use crate::cpu::{
+    ApicCpu, Clock, Elsewhere, Fabric, Inbox, Place, Processor, Switch, VmEntry, VmExit, monotonic,
+};
+use crate::kvm::tsc::{Abilities, Rate};
+use crate::kvm::{self, Partition, install_kick_handler};
 use crate::machine::processor::{self, Vcpu as _, VcpuState};
 use crate::memory::coherence::message::{Member, Members};
 use crate::memory::coherence::{self, Engine, Homes, Lines};
@@ -54,6 +59,9 @@ struct Seat {
     orders: Mutex<VecDeque<Order>>,
     ordered: Condvar,
     entered: AtomicBool,
+    /// The console node wants the next exit.
+    kicked: AtomicBool,
+    steering: Steering,
     /// The parts of a state that came.
     parts: Mutex<Vec<u8>>,
 }
@@ -97,8 +105,7 @@ impl Host {
     /// A part within `terms`. What it says goes to `sender` and, about memory, to `memory`.
     #[must_use]
     pub fn new(terms: Terms, sender: Sender, memory: Sender) -> Arc<Self> {
-        let (epoch, tsc_khz) = (terms.epoch, kvm::host_tsc_khz().unwrap_or(0));
-        sender.send(&ToConsole::Granted { epoch, tsc_khz }.encode(), None);
+        offer(&terms, &sender);
         Arc::new(Self {
             terms,
             sender,
@@ -142,7 +149,7 @@ impl Host {
     /// Makes its vCPUs leave guest code; they go on when the console node enters them again.
     pub fn stop(&self) {
         if let Phase::Running(running) = &*self.phase() {
-            running.seats.iter().for_each(|seat| seat.inbox.kick());
+            running.seats.iter().for_each(|seat| seat.kick());
         }
     }
 
@@ -173,7 +180,9 @@ impl Host {
     fn take(self: &Arc<Self>, body: &[u8], payload: Option<Buffer>) -> Result<(), String> {
         *self.heard.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
         match ToHelper::decode(body).map_err(|error| error.to_string())? {
-            ToHelper::Create(create) => return self.create(&create),
+            ToHelper::Create(create) => {
+                return self.create(&create, &payload.unwrap_or_default().to_vec());
+            }
             ToHelper::Probe(number, sent) => {
                 let there = Moment::here();
                 self.sender.send(&ToConsole::Answer(number, sent, there).encode(), None);
@@ -191,7 +200,8 @@ impl Host {
         }
     }
 
-    fn create(self: &Arc<Self>, create: &Create) -> Result<(), String> {
+    fn create(self: &Arc<Self>, create: &Create, features: &[u8]) -> Result<(), String> {
+        let features = Features::decode(features).map_err(|error| error.to_string())?;
         let mut phase = self.phase();
         match &*phase {
             Phase::Waiting => {}
@@ -207,8 +217,8 @@ impl Host {
                 host.fail(why);
             }
         });
-        let running =
-            Running::new(create, &self.sender, &self.memory, broken).map_err(|error| error.to_string())?;
+        let running = Running::new(create, &features, &self.sender, &self.memory, broken)
+            .map_err(|error| error.to_string())?;
         *phase = Phase::Running(Box::new(running));
         drop(phase);
         self.sender.send(&ToConsole::Created.encode(), None);
@@ -273,6 +283,8 @@ enum Unmade {
     Thread(#[from] std::io::Error),
     #[error("{0}")]
     Vcpu(String),
+    #[error("{0}")]
+    Clock(String),
     #[error("The members do not fit each other")]
     Members,
 }
@@ -289,6 +301,7 @@ impl Lines for Down {
 impl Running {
     fn new(
         create: &Create,
+        features: &Features,
         sender: &Sender,
         memory: &Sender,
         broken: coherence::Broken,
@@ -299,7 +312,13 @@ impl Running {
         let options = options(create).ok_or(Unmade::Members)?;
         let down = Arc::new(Down(memory.clone()));
         let engine = Engine::start(&ram, &options, down, broken, Vec::new())?;
-        let partition = Partition::new(ram.memory().clone(), create.cpus, Controllers::Userspace)?;
+        let abilities = Abilities::of_this_pc()?;
+        if let Some(why) = abilities.refusal("its node", create.tsc_khz) {
+            return Err(Unmade::Clock(why));
+        }
+        let rate = Rate { host_khz: abilities.khz, guest_khz: create.tsc_khz };
+        let counts = counts(create).ok_or(Unmade::Members)?;
+        let partition = Partition::spanning(ram.memory().clone(), features, &counts, create.tsc_khz)?;
         install_kick_handler()?;
         let switch = Arc::new(Switch::default());
         let clock = Arc::new(Clock::saying(Nanos(0)));
@@ -318,7 +337,7 @@ impl Running {
             let vcpu = partition.vcpu(number)?;
             let mut cpu = ApicCpu::new(vcpu, ApicId(number), false, Arc::clone(&inbox), fabric, clock);
             cpu.set_up().map_err(|error| Unmade::Vcpu(error.to_string()))?;
-            made.push((cpu, Seat::new(number, inbox)));
+            made.push((cpu, Seat::new(number, inbox, rate)));
         }
         let mut running = Self {
             seats: Vec::new(),
@@ -349,7 +368,7 @@ impl Running {
     fn take(&self, message: ToHelper, payload: Option<Buffer>) -> Result<(), String> {
         match message {
             ToHelper::Enter(number, entry) => self.seat(number)?.order(Order::Enter(entry))?,
-            ToHelper::Kick(number) => self.seat(number)?.inbox.kick(),
+            ToHelper::Kick(number) => self.seat(number)?.kick(),
             ToHelper::Interrupt(targets, message) => self.switch.post_here(targets, &message),
             ToHelper::View(view) => {
                 if self.seat(view.id.0).is_err() {
@@ -364,8 +383,9 @@ impl Running {
                     seat.order(Order::Restore(std::mem::take(&mut parts)))?;
                 }
             }
-            ToHelper::Clock { nanos, tsc: _ } => {
+            ToHelper::Clock { nanos, tsc } => {
                 self.clock.set(Nanos(monotonic().wrapping_add(nanos)));
+                self.seats.iter().for_each(|seat| seat.steer(tsc));
             }
             ToHelper::Create(_) | ToHelper::Probe(..) | ToHelper::End(_) => {}
         }
@@ -377,7 +397,7 @@ impl Running {
     fn end(mut self) {
         for seat in &self.seats {
             let _ = seat.order(Order::End);
-            seat.inbox.kick();
+            seat.kick();
         }
         let until = Instant::now() + LEAVING;
         while !self.threads.iter().all(JoinHandle::is_finished) {
@@ -386,9 +406,7 @@ impl Running {
                 std::mem::forget(self);
                 return;
             }
-            for seat in &self.seats {
-                seat.inbox.kick();
-            }
+            self.seats.iter().for_each(|seat| seat.kick());
             std::thread::sleep(Duration::from_millis(5));
         }
         for thread in self.threads.drain(..) {
@@ -399,6 +417,25 @@ impl Running {
         drop(self.engine.take());
         drop(self.ram.take());
         tracing::info!("A guest's vCPUs here have ended");
+    }
+}
+
+/// How many vCPUs each member runs. With more than two members the console node has to say.
+fn counts(create: &Create) -> Option<[u8; 2]> {
+    let here = create.here.len() as u8;
+    (create.members == 2).then_some([create.cpus.checked_sub(here)?, here])
+}
+
+/// Says what vCPUs here can be.
+fn offer(terms: &Terms, sender: &Sender) {
+    let offered =
+        Partition::host_features().and_then(|features| Ok((features, Abilities::of_this_pc()?.khz)));
+    match offered {
+        Ok((features, tsc_khz)) => {
+            let granted = ToConsole::Granted { epoch: terms.epoch, tsc_khz };
+            sender.send(&granted.encode(), Some(sender.payload(&features.encode())));
+        }
+        Err(error) => sender.send(&ToConsole::Failed(error.to_string()).encode(), None),
     }
 }
 
@@ -413,9 +450,40 @@ fn options(create: &Create) -> Option<coherence::Options> {
 }
 
 impl Seat {
-    fn new(number: u8, inbox: Arc<Inbox>) -> Arc<Self> {
-        let (orders, ordered, entered) = (Mutex::default(), Condvar::new(), AtomicBool::new(false));
-        Arc::new(Self { number, inbox, orders, ordered, entered, parts: Mutex::default() })
+    fn new(number: u8, inbox: Arc<Inbox>, rate: Rate) -> Arc<Self> {
+        let (orders, ordered) = (Mutex::default(), Condvar::new());
+        let (entered, kicked) = (AtomicBool::new(false), AtomicBool::new(false));
+        let (steering, parts) = (Steering::new(rate), Mutex::default());
+        Arc::new(Self { number, inbox, orders, ordered, entered, kicked, steering, parts })
+    }
+
+    /// Makes the vCPU exit to the console node.
+    fn kick(&self) {
+        self.kicked.store(true, Ordering::SeqCst);
+        self.inbox.kick();
+    }
+
+    /// Says what to add to this PC's time stamp counter to make the guest's.
+    fn steer(&self, offset: u64) {
+        if self.steering.aim(offset) {
+            self.inbox.kick();
+        }
+    }
+
+    /// Runs guest code until the console node has to know of something.
+    fn enter(&self, cpu: &mut ApicCpu<kvm::Vcpu>, mut entry: VmEntry) -> VmExit {
+        loop {
+            if let Err(error) = self.steering.set(cpu.core_mut()) {
+                return VmExit::Failed(error.to_string());
+            }
+            let exit = cpu.enter(entry);
+            self.steering.left();
+            if exit != VmExit::Interrupted || self.kicked.swap(false, Ordering::SeqCst) {
+                return exit;
+            }
+            // It was only to look at its clock.
+            entry = VmEntry::Continue;
+        }
     }
 
     fn order(&self, order: Order) -> Result<(), String> {
@@ -447,7 +515,7 @@ impl Seat {
         loop {
             match self.next() {
                 Order::Enter(entry) => {
-                    let exit = cpu.enter(entry);
+                    let exit = self.enter(&mut cpu, entry);
                     self.entered.store(false, Ordering::SeqCst);
                     sender.send(&ToConsole::Exit(self.number, exit).encode(), None);
                 }

@@ -8,3 +8,4 @@ pub mod numa;
 pub mod protocol;
 pub mod remote;
 pub mod share;
+mod steering;

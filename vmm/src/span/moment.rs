@@ -1,7 +1,6 @@
 //! What this PC's clocks say.
-#![allow(unsafe_code)] // Reads the time stamp counter.
 
-use devices::interrupt::{Nanos, Tsc};
+use devices::interrupt::Nanos;
 
 use super::protocol::Moment;
 use crate::cpu::monotonic;
@@ -10,8 +9,6 @@ impl Moment {
     /// Now.
     #[must_use]
     pub fn here() -> Self {
-        // SAFETY: every processor that has KVM has a time stamp counter, and Linux lets programs read it.
-        let tsc = unsafe { std::arch::x86_64::_rdtsc() };
-        Self { tsc: Tsc(tsc), monotonic: Nanos(monotonic()) }
+        Self { tsc: crate::kvm::tsc::now(), monotonic: Nanos(monotonic()) }
     }
 }
