@@ -105,8 +105,11 @@ struct Later {
     since: Option<Instant>,
 }
 
-/// So many of them go together.
-const MOST_LATER: usize = 7;
+/// A body of several letters.
+type Letters = SmallVec<[u8; 4 * BODY]>;
+
+/// So many letters go together.
+const MOST: usize = 8;
 
 /// So long at most a letter waits for another.
 const LATER: Duration = Duration::from_micros(20);
@@ -242,8 +245,8 @@ impl Drop for Engine {
 
 impl Later {
     /// Takes out what is for `to`, up to a few letters.
-    fn take(&mut self, to: Member, body: &mut SmallVec<[u8; 4 * BODY]>) {
-        while body.len() < MOST_LATER * BODY
+    fn take(&mut self, to: Member, body: &mut Letters) {
+        while body.len() < MOST * BODY
             && let Some(at) = self.letters.iter().position(|(other, _)| *other == to)
         {
             body.extend_from_slice(&self.letters.remove(at).1.encode());
@@ -330,19 +333,26 @@ impl Inner {
             Err(Failure::Violation(violation)) => return self.violated(from, violation),
             Err(Failure::Kernel(why)) => worker::fail(&why.to_string()),
         };
+        // What goes to the same member without content goes together.
+        let mut bodies = SmallVec::<[(Member, Letters); 3]>::new();
         for (to, letter, content) in mail {
             if riding && matches!(letter.what, What::Home(_, ToHome::Done { .. })) {
                 let mut later = lock(&self.later);
                 later.since.get_or_insert_with(Instant::now);
                 later.letters.push((to, letter));
-                continue;
+            } else if content.is_some() {
+                self.lines.send(to, &letter.encode(), content);
+            } else {
+                let room = |(other, body): &&mut (Member, Letters)| *other == to && body.len() < MOST * BODY;
+                match bodies.iter_mut().find(room) {
+                    Some((_, body)) => body.extend_from_slice(&letter.encode()),
+                    None => bodies.push((to, Letters::from_slice(&letter.encode()))),
+                }
             }
-            let mut body = SmallVec::<[u8; 4 * BODY]>::new();
-            if content.is_none() {
-                lock(&self.later).take(to, &mut body);
-            }
-            body.extend_from_slice(&letter.encode());
-            self.lines.send(to, &body, content);
+        }
+        for (to, mut body) in bodies {
+            lock(&self.later).take(to, &mut body);
+            self.lines.send(to, &body, None);
         }
     }
 
@@ -356,7 +366,7 @@ impl Inner {
         let mut letters = std::mem::take(&mut *later);
         drop(later);
         while let Some((to, _)) = letters.letters.first().copied() {
-            let mut body = SmallVec::new();
+            let mut body = Letters::new();
             letters.take(to, &mut body);
             self.lines.send(to, &body, None);
         }
