@@ -14,6 +14,8 @@ struct Script {
     ready: bool,
     interrupted: bool,
     cr8: u8,
+    /// What the guest writes to CR8 before its next exits.
+    writes_cr8: std::collections::VecDeque<u8>,
 }
 
 impl Processor for Script {
@@ -26,6 +28,7 @@ impl Processor for Script {
             return VmExit::Interrupted;
         }
         self.log.push("ran".into());
+        self.cr8 = self.writes_cr8.pop_front().unwrap_or(self.cr8);
         self.exits.pop_front().unwrap_or(VmExit::TripleFault)
     }
     fn interrupt(&mut self) {
@@ -212,4 +215,22 @@ fn a_level_is_ended_towards_the_io_apic_and_the_pic_is_asked_for_its_vector() {
     assert_eq!(ear.0.lock().expect("no panic").last().map(String::as_str), Some("eoi 0x61"));
     assert!(cpu.core().log.contains(&"inject 0x77".to_owned()), "{:?}", cpu.core().log);
     assert!(cpu.core().log.contains(&"window".to_owned()), "the pin is still high: {:?}", cpu.core().log);
+}
+
+#[test]
+fn cr8_holds_interrupts_of_its_class_and_below_back_until_it_is_lowered() {
+    let (mut cpu, _) = cpu(true, vec![VmExit::TripleFault]);
+    cpu.set_virtual_wire();
+    cpu.core.writes_cr8 = [8].into();
+    assert_eq!(cpu.enter(VmEntry::Continue), VmExit::TripleFault);
+    cpu.inbox().post(&message(Delivery::Fixed, 0x81, Trigger::Edge));
+    cpu.inbox().post(&message(Delivery::Fixed, 0x91, Trigger::Edge));
+    (cpu.core.exits, cpu.core.log) = ([write(0xb0, 0), VmExit::TripleFault].into(), vec![]);
+    assert_eq!(cpu.enter(VmEntry::Continue), VmExit::TripleFault);
+    assert_eq!(cpu.core.log, ["inject 0x91", "ran", "ran"], "the other is not above CR8");
+    assert_eq!(cpu.core.cr8, 8, "what the guest wrote stays");
+    (cpu.core.exits, cpu.core.log) = ([VmExit::Interrupted, VmExit::TripleFault].into(), vec![]);
+    (cpu.core.ready, cpu.core.writes_cr8) = (true, [7].into());
+    assert_eq!(cpu.enter(VmEntry::Continue), VmExit::TripleFault);
+    assert_eq!(cpu.core.log, ["ran", "inject 0x81", "ran"]);
 }
