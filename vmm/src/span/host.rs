@@ -180,20 +180,18 @@ impl Host {
     fn take(self: &Arc<Self>, body: &[u8], payload: Option<Buffer>) -> Result<(), String> {
         *self.heard.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
         match ToHelper::decode(body).map_err(|error| error.to_string())? {
-            ToHelper::Create(create) => {
-                return self.create(&create, &payload.unwrap_or_default().to_vec());
-            }
+            ToHelper::Create(create) => self.create(&create, &payload.unwrap_or_default().to_vec()),
             ToHelper::Probe(number, sent) => {
                 let there = Moment::here();
                 self.sender.send(&ToConsole::Answer(number, sent, there).encode(), None);
-                return Ok(());
+                Ok(())
             }
             ToHelper::End(why) => {
                 self.end(&why);
-                return Ok(());
+                Ok(())
             }
             message => match &*self.phase() {
-                Phase::Running(running) => running.take(message, payload),
+                Phase::Running(running) => running.take(&message, payload),
                 Phase::Waiting => Err("vCPUs before they were described".to_owned()),
                 Phase::Over => Ok(()),
             },
@@ -365,8 +363,8 @@ impl Running {
         seat.map(|seat| &**seat).ok_or_else(|| format!("vCPU {number} is not here"))
     }
 
-    fn take(&self, message: ToHelper, payload: Option<Buffer>) -> Result<(), String> {
-        match message {
+    fn take(&self, message: &ToHelper, payload: Option<Buffer>) -> Result<(), String> {
+        match *message {
             ToHelper::Enter(number, entry) => self.seat(number)?.order(Order::Enter(entry))?,
             ToHelper::Kick(number) => self.seat(number)?.kick(),
             ToHelper::Interrupt(targets, message) => self.switch.post_here(targets, &message),

@@ -388,7 +388,7 @@ impl Share {
                 self.woken(number);
             }
             ToConsole::Interrupt(targets, message) => {
-                self.tell(|console| console.interrupt(targets, message))
+                self.tell(|console| console.interrupt(targets, message));
             }
             ToConsole::Eoi(vector) => self.tell(|console| console.end_of_interrupt(vector)),
             ToConsole::Refused(vector) => self.tell(|console| console.refused(vector)),
