@@ -63,7 +63,8 @@ fn misses(bench: &Bench, readings: &mut Readings) -> Result<()> {
     for round in 0..bench.rounds() as u64 {
         bench.progress(&format!("coherence: read misses, round {}", round + 1));
         let values = plain.run(bench.slice() * 2)?;
-        (floor[0].push(median(&values)), floor[1].push(percentile(&values, 0.99)));
+        floor[0].push(median(&values));
+        floor[1].push(percentile(&values, 0.99));
         let pages: Vec<u64> = scattered(PAGES, round).into_iter().map(|page| PART + page).collect();
         let mut times = Vec::new();
         let start = Instant::now();
@@ -76,7 +77,8 @@ fn misses(bench: &Bench, readings: &mut Readings) -> Result<()> {
                 anyhow::ensure!(word == *page + round, "page {page} holds {word:#x}");
             }
         }
-        (ours[0].push(median(&times)), ours[1].push(percentile(&times, 0.99)));
+        ours[0].push(median(&times));
+        ours[1].push(percentile(&times, 0.99));
         mesh.check()?;
     }
     let counters = mesh.counters(0);

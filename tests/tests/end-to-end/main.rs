@@ -1,8 +1,8 @@
 //! Omega end to end: guests under `omega run` on one lab PC, their disks on another.
 //!
 //! Each test has PCs of its own. They come from a snapshot in about a second, which is why nothing is shared
-//! between tests. Most of the time one PC of a test waits for another: alone, tests leave half of two processors
-//! idle, so two of them run side by side where there is room for both.
+//! between tests. Most of the time one PC of a test waits for another, so two tests run side by side where there are
+//! processors for both: four. On fewer they would stretch each other's times, which some are about.
 
 mod boot;
 mod disk;
@@ -42,7 +42,7 @@ const ALL: &[&[(&str, Test)]] = &[
 /// What the PCs of one test take at most, in MiB: three of them with 2 GiB each, of which most is never touched.
 const ROOM: u64 = 5 << 10;
 
-/// How many tests run at once: `LAB_TESTS_AT_ONCE`, or two where they have a processor and memory each.
+/// How many tests run at once: `LAB_TESTS_AT_ONCE`, or two where they have two processors and memory each.
 fn at_once() -> usize {
     let wanted = std::env::var("LAB_TESTS_AT_ONCE").ok().and_then(|count| count.parse().ok());
     wanted.unwrap_or_else(|| {
@@ -51,7 +51,7 @@ fn at_once() -> usize {
         let free =
             about.lines().find_map(|line| line.strip_prefix("MemAvailable:")?.trim().strip_suffix(" kB"));
         let free = free.and_then(|kib| kib.trim().parse::<u64>().ok()).unwrap_or(0) >> 10;
-        if processors >= 2 && free >= 2 * ROOM { 2 } else { 1 }
+        if processors >= 4 && free >= 2 * ROOM { 2 } else { 1 }
     })
 }
 
