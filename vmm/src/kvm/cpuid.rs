@@ -1,6 +1,6 @@
 //! What a vCPU answers to CPUID: KVM's list, with the topology and clocks of this machine.
 //!
-//! All vCPUs are cores of one package without hyper-threads; a vCPU's APIC id is its number.
+//! All vCPUs are cores without hyper-threads, of one package if they are on one PC; a vCPU's APIC id is its number.
 
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
@@ -63,18 +63,18 @@ fn too_many() -> Error {
 pub(super) struct Topology {
     /// How many there are.
     pub(super) count: u8,
-    /// How many low bits of an APIC ID number those that share a third-level cache; `None`: all share one.
-    pub(super) cache_bits: Option<u32>,
+    /// How many low bits of an APIC ID number the cores of a package; `None`: there is one package.
+    pub(super) package_bits: Option<u32>,
 }
 
 impl Topology {
     /// Of `count` vCPUs that are all on one PC.
     pub(super) fn on_one_pc(count: u8) -> Self {
-        Self { count, cache_bits: None }
+        Self { count, package_bits: None }
     }
 
-    /// Of vCPUs on several PCs: so many on each, in order. Those that are shown to share a cache are on one PC, as
-    /// operating systems expect of what is in one NUMA node.
+    /// Of vCPUs on several PCs: so many on each, in order. Those of one package are on one PC: operating systems take it
+    /// that a package, with the cache that its cores share, is in one NUMA node.
     pub(super) fn across(counts: &[u8]) -> Self {
         let count = counts.iter().fold(0, |sum: u8, count| sum.saturating_add(*count));
         // Where each PC's first vCPU begins a block of a power of two, its vCPUs are whole blocks.
@@ -83,7 +83,7 @@ impl Topology {
             Some(*start)
         });
         let inner = starts.filter(|start| *start < u32::from(count)).map(u32::trailing_zeros).min();
-        Self { count, cache_bits: inner }
+        Self { count, package_bits: inner }
     }
 }
 
@@ -95,7 +95,8 @@ pub(super) fn of_vcpu(
     tsc_khz: Option<u32>,
     tsc_deadline: bool,
 ) -> Result<CpuId, Error> {
-    let (index, count) = (u32::from(index), u32::from(of.count));
+    let index = u32::from(index);
+    let count = of.package_bits.map_or(u32::from(of.count), |bits| 1 << bits);
     // How many low bits of an APIC id number the cores of the package.
     let core_bits = count.next_power_of_two().trailing_zeros();
     let own = [0xb, 0x1f, 0x15, TIMING];
@@ -118,9 +119,7 @@ pub(super) fn of_vcpu(
             }
             // Caches (Intel, AMD): the first two levels belong to a core, the third to the package.
             4 | 0x8000_001d if entry.eax & 0x1f != 0 => {
-                let sharing_bits =
-                    if entry.eax >> 5 & 7 >= 3 { of.cache_bits.unwrap_or(core_bits) } else { 0 };
-                let sharing = (1 << sharing_bits) - 1;
+                let sharing = if entry.eax >> 5 & 7 >= 3 { (1 << core_bits) - 1 } else { 0 };
                 entry.eax = (entry.eax & 0x3fff) | sharing << 14;
                 if entry.function == 4 {
                     entry.eax |= ((1 << core_bits) - 1) << 26;
@@ -243,14 +242,15 @@ mod tests {
         assert_eq!(address_bits(&supported()), 40);
     }
     #[test]
-    fn vcpus_that_share_a_cache_are_on_one_pc() {
+    fn vcpus_of_a_package_are_on_one_pc() {
         for (counts, bits) in
             [(&[1, 1][..], 0), (&[2, 2], 1), (&[3, 1], 0), (&[4, 4], 2), (&[2, 4, 2], 1), (&[6, 2], 1)]
         {
-            assert_eq!(Topology::across(counts).cache_bits, Some(bits), "{counts:?}");
+            assert_eq!(Topology::across(counts).package_bits, Some(bits), "{counts:?}");
         }
         let cpuid = of_vcpu(&supported(), 3, Topology::across(&[2, 2]), None, false).expect("leaves");
-        assert_eq!((get(&cpuid, 4, 1).eax >> 14 & 0xfff, get(&cpuid, 0xb, 1).ebx), (1, 4));
+        assert_eq!((get(&cpuid, 4, 1).eax >> 14 & 0xfff, get(&cpuid, 0xb, 1).ebx), (1, 2));
+        assert_eq!((get(&cpuid, 0xb, 1).eax, get(&cpuid, 0xb, 1).edx), (1, 3), "its package is number 1");
     }
 
     #[test]

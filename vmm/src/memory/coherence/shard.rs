@@ -330,6 +330,9 @@ impl Work<'_> {
                     let staged = busy.staged.take().ok_or(Violation("there is nothing to install"))?;
                     frames.install(page, 1, &staged, !writable)?;
                     self.state.tally.fetched += 1;
+                    if let Some(since) = busy.since {
+                        self.state.holds.took(self.now.saturating_duration_since(since));
+                    }
                     woken = true;
                 }
                 Action::InstallZeros => {
@@ -384,7 +387,8 @@ impl Work<'_> {
         tally.ping_pongs += u64::from(again);
         tally.held += 1;
         let right = if busy.page.copy() == Copy::Modified { Right::Write } else { Right::Read };
-        busy.until = Some(holds.begin(place, heat, right, self.now));
+        // Not from when this work began: to install a page takes its time.
+        busy.until = Some(holds.begin(place, heat, right, Instant::now()));
     }
 
     fn ask(&mut self, place: u32, message: ToHome) {
