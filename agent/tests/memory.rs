@@ -577,13 +577,13 @@ fn a_node_leases_what_its_table_gives_it_and_touches_nobody_elses_memory() {
 
 #[test]
 fn the_numbers_of_memory_are_served_to_prometheus_and_shown_by_the_command_line() {
-    let port = std::net::TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a port");
-    let agent = Agent::start(&format!("metrics = '{port}'\n{MEMORY}"));
+    let port = common::free_port();
+    let agent = Agent::start(&format!("metrics = '127.0.0.1:{port}'\n{MEMORY}"));
     let mut guest = Guest::new(&agent, 1, 256);
     guest.store(0, content(0, 200, 1));
     guest.fetch(3, 5);
     let mut text = String::new();
-    let mut stream = std::net::TcpStream::connect(port).expect("it answers");
+    let mut stream = std::net::TcpStream::connect(("127.0.0.1", port)).expect("it answers");
     std::io::Write::write_all(&mut stream, b"GET /metrics HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
         .expect("sent");
     std::io::Read::read_to_string(&mut stream, &mut text).expect("an answer");

@@ -7,7 +7,7 @@ use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::time::Instant;
 
-use common::Agent;
+use common::{Agent, free_port};
 use devices::disk::volume::opcode;
 use nix::sys::signal::Signal;
 use transport::blocking::Client;
@@ -166,7 +166,7 @@ fn scrape_until(address: &str, name: &str, peer: (&str, &str), wanted: f64) -> V
 }
 
 fn agent(more: &str) -> (Agent, String) {
-    let port = TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a free port").port();
+    let port = free_port();
     let address = format!("127.0.0.1:{port}");
     let volume = "[[volume]]\nname = 'v'\npath = 'DIR/v.img'\ncreate = '8M'\n";
     (Agent::start(&format!("metrics = '{address}'\n{more}{volume}")), address)

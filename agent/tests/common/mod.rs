@@ -8,6 +8,7 @@ use std::io::{BufRead, BufReader};
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -22,6 +23,16 @@ use systemd::Systemd;
 
 /// Nothing here takes so long, unless it never ends.
 pub const LIMIT: Duration = Duration::from_secs(60);
+
+/// A port that nobody listens on, for a process that will. Not one that the kernel gives to whoever asks for any, or to
+/// connections: it would be taken again before the process listens, or between two of its lives.
+pub fn free_port() -> u16 {
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    let first = std::process::id().wrapping_mul(131) as u16;
+    let candidates = || (NEXT.fetch_add(1, Ordering::Relaxed).wrapping_add(first)) % 20_000 + 10_000;
+    let free = |port: &u16| TcpListener::bind(("127.0.0.1", *port)).is_ok();
+    std::iter::repeat_with(candidates).take(20_000).find(free).expect("a free port")
+}
 
 /// A folder with a configuration, and the agent that runs on it.
 pub struct Agent {
@@ -43,7 +54,7 @@ impl Agent {
 
     /// The same, and single requests are logged if `traces` says so.
     pub fn start_logging(volumes: &str, traces: bool) -> Self {
-        let port = TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a free port").port();
+        let port = free_port();
         let folder = tempfile::tempdir().expect("a folder");
         let address = format!("127.0.0.1:{port}");
         let mut agent = Self { folder, address, traces, systemd: None, child: None, log: Arc::default() };
