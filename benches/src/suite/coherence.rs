@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use anyhow::Result;
 
+use super::Part;
 use crate::bench::{Bench, Readings, Suite};
 use crate::figure::Target::{self, AtLeast, AtMost};
 use crate::figure::{Reading, Spec};
@@ -32,8 +33,6 @@ pub const SUITE: Suite = Suite {
     run,
 };
 
-type Part = fn(&Bench, &mut Readings) -> Result<()>;
-
 /// What is measured together, and which figures come of it.
 const PARTS: [(Part, &[&str]); 3] = [
     (misses, &["coherence.read_miss_p50", "coherence.read_miss_p99"]),
@@ -42,13 +41,7 @@ const PARTS: [(Part, &[&str]); 3] = [
 ];
 
 fn run(bench: &Bench, readings: &mut Readings) -> Result<()> {
-    for (part, names) in PARTS {
-        if names.iter().any(|name| bench.wants(name))
-            && let Err(why) = part(bench, readings)
-        {
-            names.iter().for_each(|name| readings.missing(name, format!("{why:#}")));
-        }
-    }
+    super::parts(&PARTS, bench, readings);
     Ok(())
 }
 

@@ -8,6 +8,7 @@ use transport::identity::Security;
 use transport::identity::testing::{Household, security};
 use vmm::memory::fault::handlers;
 
+use super::Part;
 use crate::bench::{Bench, Readings, Suite};
 use crate::figure::Target::{self, AtLeast, AtMost};
 use crate::figure::{Reading, Spec};
@@ -43,8 +44,6 @@ pub const SUITE: Suite = Suite {
     run,
 };
 
-type Part = fn(&Bench, &mut Readings) -> Result<()>;
-
 /// What is measured together, and which figures come of it.
 const PARTS: [(Part, &[&str]); 5] = [
     (faults, &["memory.fault_p50", "memory.fault_p99", "memory.tls_fault_p50", "memory.tls_fault_p99"]),
@@ -55,13 +54,7 @@ const PARTS: [(Part, &[&str]); 5] = [
 ];
 
 fn run(bench: &Bench, readings: &mut Readings) -> Result<()> {
-    for (part, names) in PARTS {
-        if names.iter().any(|name| bench.wants(name))
-            && let Err(why) = part(bench, readings)
-        {
-            names.iter().for_each(|name| readings.missing(name, format!("{why:#}")));
-        }
-    }
+    super::parts(&PARTS, bench, readings);
     Ok(())
 }
 

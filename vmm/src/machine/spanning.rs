@@ -29,8 +29,9 @@ use crate::memory::Ram;
 use crate::memory::coherence::message::{Member, Members};
 use crate::memory::coherence::{self, Ear, Engine, Homes, Lines, Rider};
 use crate::memory::frames::Pieces;
-use crate::memory::store::Stuck;
+use crate::memory::store::{Stuck, random};
 use crate::span::features::{Candidate, Features, intersection};
+use crate::span::numa;
 use crate::span::protocol::{Create, Moment, Purpose};
 use crate::span::remote::Remote;
 use crate::span::share::{Console, Granted, Share};
@@ -116,7 +117,7 @@ pub(super) fn start(
     let (sender, memory) = (Sender::new().map_err(failed)?, Sender::new().map_err(failed)?);
     let share = Share::new(&place.node, sender.clone(), &here);
     let desk = Desk::new(&share);
-    let holder = holder().map_err(failed)?;
+    let holder = random().map_err(failed)?;
     let purpose = Purpose::Cpus {
         holder,
         count: here.len() as u8,
@@ -142,7 +143,8 @@ pub(super) fn start(
         return Err(Error::Helper(why));
     }
     let pieces = Pieces::new(guest.memory.size);
-    let homes = homes(&placement, pieces.pages());
+    // Where the guest's kernel finds each node's memory: what is near a vCPU is at home with it.
+    let shares = numa::split(guest.memory.size, &placement.counts());
     let create = Create {
         member: helper,
         members: 2,
@@ -151,16 +153,15 @@ pub(super) fn start(
         cpus: guest.cpu.count,
         here,
         ram: guest.memory.size.0,
-        homes: homes.clone(),
+        homes: shares.iter().map(|(_, pages)| *pages).collect(),
         tsc_khz: abilities.khz,
     };
     share.create(create, &shown.encode(), START).map_err(said)?;
-    let parts: Vec<(Member, u64)> = [console, helper].into_iter().zip(homes).collect();
     let unfit = || Error::Helper("the guest's memory has no homes".to_owned());
     let options = coherence::Options {
         me: console,
         members: Members::of(console).with(helper),
-        homes: Homes::sliced(pieces, &parts).ok_or_else(unfit)?,
+        homes: Homes::sliced(pieces, &shares).ok_or_else(unfit)?,
         shards: SHARDS.into(),
     };
     let names = Names::of(&config.address).map_err(failed)?;
@@ -226,19 +227,6 @@ fn channel_config(
         retry_most: Duration::from_secs(1),
         transport: agents::transport(&peer),
     })
-}
-
-/// How many pages each member is home to: as many for each vCPU, in the order of the members.
-pub(super) fn homes(placement: &Placement, pages: u64) -> SmallVec<[u64; 4]> {
-    let counts = placement.counts();
-    let all = counts.iter().map(|count| u64::from(*count)).sum::<u64>().max(1);
-    counts.iter().map(|count| pages * u64::from(*count) / all).collect()
-}
-
-fn holder() -> std::io::Result<u128> {
-    let mut bytes = [0; 16];
-    getrandom::fill(&mut bytes).map_err(|error| std::io::Error::other(error.to_string()))?;
-    Ok(u128::from_le_bytes(bytes))
 }
 
 impl Spanning {

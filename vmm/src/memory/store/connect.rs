@@ -309,7 +309,8 @@ fn plan(sizes: &[u64], terms: &Terms) -> Result<Vec<Keepers>, ConnectError> {
     placement::deal_by_handler(pieces.count(), terms.shards.count(), &shares, copies).ok_or_else(too_small)
 }
 
-fn random() -> std::io::Result<u128> {
+/// A number that nobody guesses: who holds a lease.
+pub(crate) fn random() -> std::io::Result<u128> {
     let mut bytes = [0; 16];
     getrandom::fill(&mut bytes).map_err(|error| std::io::Error::other(error.to_string()))?;
     Ok(u128::from_le_bytes(bytes))

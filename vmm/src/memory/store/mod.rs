@@ -30,6 +30,7 @@ mod stores;
 pub(crate) mod testing;
 
 pub use compress::{Compress, Compression};
+pub(crate) use connect::random;
 pub use connect::{ConnectError, Connected, MOST_THAT_HELP, OnLoss, Terms, connect};
 pub use control::{Control, NoSuchHelper};
 pub use file::Error as FileError;
