@@ -8,16 +8,13 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use transport::blocking;
 use transport::buffer::Buffer;
 use transport::channel::Config;
 use transport::identity::Security;
 use transport::line::{Answering, HELD, Hear, Sender, Serving, protocol, thread};
 use transport::ring::Ring;
 use transport::server::{Connection, Event, Limits, Sessions};
-use transport::wire::{Body, Class, Status};
-
-const ECHO: u16 = 256;
+use transport::wire::{Body, Status};
 
 type At = Box<dyn FnMut(u64) + Send>;
 
@@ -166,9 +163,6 @@ fn serve(socket: TcpStream, sessions: Arc<Sessions>, lines: &Lines, ear: &Arc<Ea
                         serving.closed(&mut ring, &mut connection, &reason);
                     }
                 }
-                Event::Request(request) if request.opcode == ECHO => {
-                    connection.answer(request.id, Status::OK, &request.body, Buffer::empty());
-                }
                 Event::Request(request) if request.opcode == protocol::opcode::OPEN => {
                     if request.body.as_slice() == b"nothing" {
                         let why = protocol::reason("there is nothing here");
@@ -286,46 +280,4 @@ fn a_line_is_over_when_the_other_side_was_started_anew_when_it_is_refused_and_wh
     here.until("the end", |ear| said(ear, "over: the node is drained"));
     assert_eq!(*here.heard.lock().unwrap(), [5], "what was sent before the end came before it");
     drop(line);
-}
-
-/// `cargo test --release -p omega-transport --test line -- --ignored --nocapture`
-#[test]
-#[ignore = "measures"]
-fn a_message_and_its_answer_cost_about_a_bare_round_trip() {
-    const COUNT: u64 = 20_000;
-    let (here, there) = (Ear::new(false), Ear::new(true));
-    let server = Server::start("127.0.0.1:0", &there);
-    let mut client =
-        blocking::Client::new(&server.address.to_string(), "test", &Security::Plain, None).unwrap();
-    let line = dial(server.address, &here, b"test");
-    for _ in 0..3 {
-        let bare = measure(COUNT, |_| {
-            client.call(Class::Urgent, ECHO, &[0; 8], Vec::new(), 0, Duration::from_secs(5)).unwrap();
-        });
-        // Each message leads to the next on the thread that heard it, as faults of a busy guest do.
-        let (sender, begun) = (here.sender.clone(), here.count());
-        *here.at.lock().unwrap() = Some(Box::new({
-            let mut left = COUNT;
-            move |_| {
-                left -= 1;
-                if left > 0 {
-                    sender.send(&0u64.to_le_bytes(), None);
-                }
-            }
-        }));
-        let start = Instant::now();
-        here.sender.send(&0u64.to_le_bytes(), None);
-        while here.count() < begun + COUNT {
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        let posted = start.elapsed().as_secs_f64() / COUNT as f64 * 1e6;
-        println!("bare round trip {bare:.1} us, message and answer {posted:.1} us: {:.2}", posted / bare);
-    }
-    drop(line);
-}
-
-fn measure(count: u64, mut once: impl FnMut(u64)) -> f64 {
-    let start = Instant::now();
-    (0..count).for_each(&mut once);
-    start.elapsed().as_secs_f64() / count as f64 * 1e6
 }

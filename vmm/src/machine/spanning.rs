@@ -13,7 +13,7 @@ use transport::buffer::Buffer;
 use transport::channel::{self, Names};
 use transport::identity::{Reloading, Security};
 use transport::line::{Asking, Hear, Sender, thread::Driven};
-use transport::ring::{Completion, Ring};
+use transport::ring::Ring;
 
 use super::parts::{Parts, lock};
 use super::processor::{Vcpu, VcpuState};
@@ -169,8 +169,7 @@ pub(super) fn start(
     let down = memory.clone();
     let board = Box::new(move |ring: &mut Ring, ear: Ear| {
         let hear = Arc::new(MemoryEar { ear, helper });
-        let line = Asking::new(config, names, purpose, memory, hear, ring);
-        Ok(Box::new(Passenger(line)) as Box<dyn Rider>)
+        Ok(Box::new(Asking::new(config, names, purpose, memory, hear, ring)) as Box<dyn Rider>)
     });
     let broken = {
         let desk = Arc::clone(&desk);
@@ -502,23 +501,6 @@ impl Hear for MemoryEar {
 
     fn over(&self, why: &str) {
         self.ear.lost(why);
-    }
-}
-
-/// The memory line on the ring of the thread that reads faults.
-struct Passenger(Asking);
-
-impl Rider for Passenger {
-    fn complete(&mut self, ring: &mut Ring, completion: Completion) -> bool {
-        self.0.complete(ring, completion)
-    }
-
-    fn tick(&mut self, ring: &mut Ring, now: Instant) -> Option<Instant> {
-        self.0.tick(ring, now)
-    }
-
-    fn close(&mut self, ring: &mut Ring) {
-        self.0.close(ring);
     }
 }
 

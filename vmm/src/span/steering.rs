@@ -6,7 +6,7 @@ use crate::kvm::tsc::{Rate, now};
 use crate::kvm::{Error, Vcpu};
 
 /// Ticks by which the counter may be off before it is moved: less than what a measurement is good for.
-const CLOSE: i64 = 4000;
+const CLOSE: u64 = 4000;
 /// The longest wait for the counter to be moved back, in ticks. What is left is for the next time.
 const LONGEST: i64 = 400_000;
 
@@ -34,7 +34,7 @@ impl Steering {
     pub(super) fn aim(&self, offset: u64) -> bool {
         let before = self.offset.swap(offset, Ordering::SeqCst);
         let first = !self.known.swap(true, Ordering::SeqCst);
-        !first && (offset.wrapping_sub(before) as i64).abs() > CLOSE
+        !first && (offset.wrapping_sub(before) as i64).unsigned_abs() > CLOSE
     }
 
     /// Guest code was left just now.
@@ -54,7 +54,7 @@ impl Steering {
         }
         let is = vcpu.tsc_offset()?;
         let by = wanted.wrapping_sub(is) as i64;
-        if by.abs() <= CLOSE {
+        if by.unsigned_abs() <= CLOSE {
             return Ok(());
         }
         if by >= 0 {
