@@ -235,7 +235,14 @@ impl Running {
 
     fn ends(&self, agent: &Agent) -> End {
         let end = self.end.recv_timeout(LIMIT);
-        end.unwrap_or_else(|_| panic!("it does not end; serial {:?}, agent:\n{}", self.serial(), agent.log()))
+        end.unwrap_or_else(|_| {
+            let counters = vmm::control::Controlled::counters(&*self.controller);
+            panic!(
+                "it does not end; serial {:?}, counters {counters:?}, agent:\n{}",
+                self.serial(),
+                agent.log()
+            )
+        })
     }
 }
 
@@ -280,7 +287,6 @@ fn a_guest_that_spans_pcs_pauses_goes_on_and_ends_when_its_helper_is_gone() {
 }
 
 #[test]
-#[ignore = "known fault: on a quiet machine the guest does not go on when its helper is back"]
 fn a_guest_stands_still_while_its_helper_is_frozen_and_loses_nothing() {
     use vmm::control::{Controlled as _, State};
     if !can_run() {

@@ -87,9 +87,13 @@ impl Holds {
         (self.pace / 2).clamp(LEAST, MOST)
     }
 
-    /// A page came, which took so long. Most wait for another's hold too, so the shortest of late counts.
-    pub(super) fn took(&mut self, time: Duration) {
-        self.pace = (self.pace + self.pace / 64).min(time);
+    /// A page came, which was so hot and took so long. One that goes to and fro waits for the other's hold, which tells
+    /// nothing: would it count, each member's holds would lengthen the other's without end. Some of the cold ones wait
+    /// too, so the shortest of late counts.
+    pub(super) fn took(&mut self, heat: Heat, time: Duration) {
+        if heat == Heat::default() {
+            self.pace = (self.pace + self.pace / 64).min(time);
+        }
     }
 
     /// `page` had to be given up, or may not be written to any longer.
@@ -143,7 +147,7 @@ mod tests {
     #[test]
     fn a_page_that_goes_to_and_fro_is_held_longer_within_bounds_and_less_again_when_it_rests() {
         let mut holds = Holds::new();
-        holds.took(LEAST);
+        holds.took(Heat::default(), LEAST);
         let (mut now, mut heat) = (Instant::now(), Heat::default());
         let mut held = Vec::new();
         for _ in 0..10 {
@@ -171,11 +175,11 @@ mod tests {
     fn holds_follow_what_it_takes_to_get_a_page() {
         let mut holds = Holds::new();
         let now = Instant::now();
-        holds.took(Duration::from_millis(5));
+        holds.took(Heat::default(), Duration::from_millis(5));
         let held = holds.begin(7, Heat::default(), Right::Write, now) - now;
         assert!(held >= Duration::from_micros(2500) && held <= Duration::from_millis(5), "{held:?}");
         // What had to wait for somebody else's hold tells nothing.
-        holds.took(Duration::from_millis(500));
+        holds.took(Heat::default(), Duration::from_millis(500));
         assert!(holds.unit() < Duration::from_millis(3));
         holds.lost(7, now);
         assert!(
@@ -185,9 +189,20 @@ mod tests {
     }
 
     #[test]
+    fn members_that_wait_for_each_others_holds_do_not_lengthen_them() {
+        let mut holds = Holds::new();
+        holds.took(Heat::default(), LEAST * 2);
+        let unit = holds.unit();
+        for heat in (1..=HOTTEST).cycle().take(1000) {
+            holds.took(Heat(heat), unit * 256);
+        }
+        assert_eq!(holds.unit(), unit);
+    }
+
+    #[test]
     fn holds_end_when_their_time_is_over_whatever_their_lengths() {
         let mut holds = Holds::new();
-        holds.took(LEAST);
+        holds.took(Heat::default(), LEAST);
         let now = Instant::now();
         let long = holds.begin(1, Heat(3), Right::Write, now);
         let short = holds.begin(2, Heat(0), Right::Write, now);

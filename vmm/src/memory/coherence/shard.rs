@@ -331,7 +331,8 @@ impl Work<'_> {
                     frames.install(page, 1, &staged, !writable)?;
                     self.state.tally.fetched += 1;
                     if let Some(since) = busy.since {
-                        self.state.holds.took(self.now.saturating_duration_since(since));
+                        let heat = self.state.table.heat(place);
+                        self.state.holds.took(heat, self.now.saturating_duration_since(since));
                     }
                     woken = true;
                 }
