@@ -75,7 +75,7 @@ fn misses(bench: &Bench, readings: &mut Readings) -> Result<()> {
         mesh.check()?;
     }
     let counters = mesh.counters(0);
-    let note = format!("{} pages came, {} were needed again too soon", counters.fetched, counters.ping_pongs);
+    let note = format!("{} pages came, {} were given up unused", counters.fetched, counters.unused);
     for ((name, ours), floor) in
         ["coherence.read_miss_p50", "coherence.read_miss_p99"].iter().zip(&ours).zip(&floor)
     {

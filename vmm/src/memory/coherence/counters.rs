@@ -50,8 +50,8 @@ numbers! {
     invalidated,
     /// Pages that may not be written to any longer because another member reads.
     downgraded,
-    /// Pages that were needed again soon after they had been given up.
-    ping_pongs,
+    /// Pages that were given up before those who needed them had run: others did not want to wait any longer.
+    unused,
     /// Pages that came and were held.
     held,
     /// Orders that had to wait until a hold was over.

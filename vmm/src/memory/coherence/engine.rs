@@ -15,7 +15,7 @@ use super::attend::{self, Board};
 use super::counters::Counters;
 use super::message::{Member, Members, ToHome};
 use super::shard::{Failure, Mail, Shard, whole};
-use super::wire::{Age, BODY, Letter, What};
+use super::wire::{Age, BODY, Letter, Need, What};
 use super::{Homes, Violation};
 use crate::memory::Ram;
 use crate::memory::frames::{Fault, Frames, Shards, Unwatched, Whole, worker};
@@ -385,7 +385,7 @@ impl Inner {
     }
 
     fn tell(&self, to: Members, age: Age, what: What) {
-        let body = Letter { age, what }.encode();
+        let body = Letter { age, need: Need::default(), late: false, what }.encode();
         to.iter().for_each(|to| self.lines.send(to, &body, None));
     }
 

@@ -175,7 +175,9 @@ fn a_peer_that_breaks_the_protocol_stops_the_guest_with_a_reason_and_harms_nothi
     let page = Page(1);
     let get = ToHome::Get { right: Right::Read, copy: false };
     let answer = |content| Answer { txn: Txn(1), granted: Granted::Write, gone: 0, content };
-    let letter = |what| Letter { age: Age(0), what }.encode().to_vec();
+    let aged =
+        |age, what| Letter { age: Age(age), need: Need::default(), late: false, what }.encode().to_vec();
+    let letter = |what| aged(0, what);
     let one = Some(Buffer::zeroed(PAGE));
     let cases = [
         (vec![1, 2, 3], None, "a message that makes no sense"),
@@ -190,7 +192,7 @@ fn a_peer_that_breaks_the_protocol_stops_the_guest_with_a_reason_and_harms_nothi
         ),
         (letter(What::Member(page, ToMember::Gone { txn: Txn(1) })), None, "nobody asked for"),
         (letter(What::Forget), None, "only the console"),
-        (Letter { age: Age(1), what: What::Home(page, get) }.encode().to_vec(), None, "from the future"),
+        (aged(1, What::Home(page, get)), None, "from the future"),
     ];
     for (body, content, why) in cases {
         let Some(scene) = Scene::new(2, 32 << 20, 1, Order::Sent) else { return };

@@ -2,62 +2,87 @@
 //!
 //! A vCPU needs several pages at once for one instruction: code, stack, data, and on some processors its page tables to
 //! write to. If each went before the last one came, and the other member's vCPU needs the same ones, neither would ever
-//! run. So holds are measured in *units*, which follow what it takes to get a page here, and grow until all that an
-//! instruction needs is here together.
+//! run. So a page is held until the *thread* that needed it has run for a while without standing still: the longer, the
+//! more pages it had to get before it ran, so that it does not pay more for pages than it has of them. Times are counted in
+//! *units*, which follow what it takes to get a page that nobody holds. How long one took that somebody held tells nothing:
+//! if that counted, each member's holds would lengthen the other's without end.
 //!
-//! Each page has a *heat*. Who needs a page again soon after it had to give it up finds it hotter, who needs it later,
-//! colder. With each degree a page is held twice as long: it travels less often, and more is done with it each time. Half
-//! of each hold is left to chance, so that members which take pages from each other do not do so in step. What was asked
-//! for only to be read is held briefly in any case, since a writer waits and a reader has read.
+//! Two members may each hold what the other one needs. Then the one that has been in need for longer keeps what it has
+//! until it has run, and the other gives its page up unused ("wound-wait": Rosenkrantz, Stearns, Lewis, 1978). So whoever has
+//! been in need for longest runs next, whatever the others do. Where two take themselves for the older one, which is possible
+//! because times come by messages, the one whose patience ends first gives way: half of that is left to chance.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::time::{Duration, Instant};
 
-use super::message::Right;
-
-/// How hot a page is: it is held for two to the power of this many units.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Heat(u8);
-
-/// The hottest.
-const HOTTEST: u8 = 7;
-/// The hottest that a page is held to be read.
-const READ: u8 = 2;
+use smallvec::SmallVec;
 
 /// The least unit: about what a thread needs to be woken and to touch a page.
 const LEAST: Duration = Duration::from_micros(25);
-/// The greatest: a page is held for a second or so at most, whatever the network.
+/// The greatest, whatever the network.
 const MOST: Duration = Duration::from_millis(8);
 
-/// A page that is needed again within so many units, or twice what it was held, was taken too early.
-const SOON: u32 = 20;
+/// A thread runs for so many units for each page that it had to get before.
+const RUN: u32 = 2;
 
-/// So many pages that were given up last are remembered.
-const REMEMBERED: usize = 1024;
+/// How long one of two who both take themselves for the older one waits for the other, in units.
+const PATIENCE: u32 = 32;
 
-impl Heat {
-    /// From three bits.
-    pub(super) fn from_bits(bits: u8) -> Self {
-        Self(bits.min(HOTTEST))
-    }
+/// So many pages at most count as what a thread needs at once.
+const TOGETHER: usize = 16;
 
-    /// As three bits.
-    pub(super) fn bits(self) -> u8 {
-        self.0
-    }
+/// So many threads are known: those that stood still last.
+const THREADS: usize = 64;
 
-    fn units(self, right: Right) -> u32 {
-        1 << if right == Right::Read { self.0.min(READ) } else { self.0.min(HOTTEST) }
-    }
+/// A page is held.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Hold {
+    /// For this thread, if any stood still for it.
+    thread: Option<u32>,
+    /// Until then in any case.
+    least: Instant,
+    /// Another member waits for it.
+    rival: Option<Rival>,
+}
+
+/// Who waits for a page that is held.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Rival {
+    /// Since when it has been in need.
+    since: Instant,
+    /// Then its patience is over.
+    patience: Instant,
+}
+
+/// When a hold is over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct End {
+    pub(super) at: Instant,
+    /// Who needed the page will not have run.
+    pub(super) unused: bool,
+}
+
+/// One that touches RAM, and had to stand still.
+struct Thread {
+    id: u32,
+    /// For this page, now.
+    waits: Option<u32>,
+    /// When it last could go on.
+    since: Instant,
+    /// So long it is to run then.
+    run: Duration,
+    /// What it needed since it last ran for so long,
+    needed: SmallVec<[u32; TOGETHER]>,
+    /// and since when.
+    need: Instant,
 }
 
 /// The holds of a shard's pages, which are numbered.
 pub(super) struct Holds {
-    /// In the order of their ends.
+    /// Pages, in the order in which their holds are to be looked at.
     queue: BinaryHeap<Reverse<(Instant, u32)>>,
-    /// Which page was given up when, by its number's low bits.
-    lost: Vec<Option<(u32, Instant)>>,
+    threads: Vec<Thread>,
     /// The least that it took of late to get a page.
     pace: Duration,
     /// Of chance.
@@ -70,54 +95,112 @@ impl Holds {
         // Without randomness chance is the same at each start, which does no harm.
         let _ = getrandom::fill(&mut seed);
         let seed = u64::from_le_bytes(seed) | 1;
-        Self { queue: BinaryHeap::new(), lost: vec![None; REMEMBERED], pace: MOST, seed }
+        Self { queue: BinaryHeap::new(), threads: Vec::new(), pace: MOST, seed }
     }
 
     /// Forgets all of them.
     pub(super) fn clear(&mut self) {
         self.queue.clear();
-        self.lost.fill(None);
-    }
-
-    fn remembered(&mut self, page: u32) -> Option<&mut Option<(u32, Instant)>> {
-        self.lost.get_mut(page as usize % REMEMBERED)
+        self.threads.clear();
     }
 
     fn unit(&self) -> Duration {
         (self.pace / 2).clamp(LEAST, MOST)
     }
 
-    /// A page came, which was so hot and took so long. One that goes to and fro waits for the other's hold, which tells
-    /// nothing: would it count, each member's holds would lengthen the other's without end. Some of the cold ones wait
-    /// too, so the shortest of late counts.
-    pub(super) fn took(&mut self, heat: Heat, time: Duration) {
-        if heat == Heat::default() {
-            self.pace = (self.pace + self.pace / 64).min(time);
+    /// A page came that nobody held, which took so long. It may have waited for something else, so the shortest of late
+    /// counts.
+    pub(super) fn took(&mut self, time: Duration) {
+        self.pace = (self.pace + self.pace / 64).min(time);
+    }
+
+    /// The thread `id` stands still for `page`.
+    pub(super) fn waits(&mut self, id: u32, page: u32, now: Instant) {
+        let Some(thread) = self.thread(id, now) else { return };
+        if thread.waits.is_none() && now.saturating_duration_since(thread.since) >= thread.run {
+            thread.needed.clear();
+            thread.need = now;
+        }
+        if thread.needed.len() < TOGETHER && !thread.needed.contains(&page) {
+            thread.needed.push(page);
+        }
+        thread.waits = Some(page);
+    }
+
+    /// For how long those who stand still for `page` have been in need.
+    pub(super) fn need(&self, page: u32, now: Instant) -> Duration {
+        let waiting = self.threads.iter().filter(|thread| thread.waits == Some(page));
+        waiting.map(|thread| now.saturating_duration_since(thread.need)).max().unwrap_or_default()
+    }
+
+    /// The thread `id` stood still, but not for a page that has to be got.
+    pub(super) fn goes_on(&mut self, id: u32, now: Instant) {
+        if let Some(thread) = self.threads.iter_mut().find(|thread| thread.id == id) {
+            (thread.waits, thread.since) = (None, now);
         }
     }
 
-    /// `page` had to be given up, or may not be written to any longer.
-    pub(super) fn lost(&mut self, page: u32, now: Instant) {
-        if let Some(slot) = self.remembered(page) {
-            *slot = Some((page, now));
+    /// Finds a thread, or makes it known in place of the one that went on longest ago.
+    fn thread(&mut self, id: u32, now: Instant) -> Option<&mut Thread> {
+        let known = self.threads.iter().position(|thread| thread.id == id);
+        let at = known.or_else(|| {
+            let (run, needed) = (Duration::ZERO, SmallVec::new());
+            let thread = Thread { id, waits: None, since: now, run, needed, need: now };
+            if self.threads.len() < THREADS {
+                self.threads.push(thread);
+                return Some(self.threads.len() - 1);
+            }
+            let runs = self.threads.iter().enumerate().filter(|(_, thread)| thread.waits.is_none());
+            let (oldest, _) = runs.min_by_key(|(_, thread)| thread.since)?;
+            self.threads[oldest] = thread;
+            Some(oldest)
+        });
+        self.threads.get_mut(at?)
+    }
+
+    /// `page` came: who stands still for it goes on, and it is held.
+    pub(super) fn begin(&mut self, page: u32, now: Instant) -> Hold {
+        let unit = self.unit();
+        let mut hold = Hold { thread: None, least: now + unit, rival: None };
+        for thread in self.threads.iter_mut().filter(|thread| thread.waits == Some(page)) {
+            let run = unit * RUN * thread.needed.len().max(1) as u32;
+            (thread.waits, thread.since, thread.run) = (None, now, run);
+            hold.thread = Some(thread.id);
+            // The others that it needs stay as long.
+            self.queue.extend(thread.needed.iter().map(|other| Reverse((now + run, *other))));
+        }
+        self.queue.push(Reverse((hold.least, page)));
+        hold
+    }
+
+    /// Another member, in need since then, wants `page`, which is held.
+    pub(super) fn wanted(&mut self, page: u32, hold: &mut Hold, since: Instant, now: Instant) {
+        let patience = self.unit() * PATIENCE;
+        hold.rival = Some(Rival { since, patience: now + patience + patience.mul_f64(self.chance()) });
+        self.look_again(page, hold);
+    }
+
+    /// When `page`'s hold is over, as things are; `None`: not before another member wants it or its thread goes on.
+    pub(super) fn end(&self, page: u32, hold: &Hold) -> Option<End> {
+        let thread = hold.thread.and_then(|id| self.threads.iter().find(|thread| thread.id == id));
+        let used = |at| Some(End { at, unused: false });
+        let unused = |at| Some(End { at, unused: true });
+        match (thread, hold.rival) {
+            (Some(Thread { waits: None, since, run, .. }), _) => used(hold.least.max(*since + *run)),
+            (Some(Thread { waits: Some(other), need, .. }), rival) if *other != page => match rival? {
+                Rival { since, .. } if since < *need => unused(hold.least),
+                Rival { patience, .. } => unused(hold.least.max(patience)),
+            },
+            // Nobody needed it, or whoever did needs it anew, to write to it.
+            _ => used(hold.least),
         }
     }
 
-    /// How hot `page` is now that it is needed again; `true`: it was given up only just now.
-    pub(super) fn heat(&mut self, page: u32, heat: Heat, needed: Instant) -> (Heat, bool) {
-        let soon = self.unit() * SOON.max(heat.units(Right::Write) * 2);
-        let lost = self.remembered(page).and_then(|slot| slot.take_if(|(other, _)| *other == page));
-        let again = lost.is_some_and(|(_, when)| needed.saturating_duration_since(when) < soon);
-        let next = if again { heat.0 + 1 } else { heat.0.saturating_sub(1) };
-        (Heat::from_bits(next), again)
-    }
-
-    /// `page` came; returns until when it is held.
-    pub(super) fn begin(&mut self, page: u32, heat: Heat, right: Right, now: Instant) -> Instant {
-        let time = self.unit() * heat.units(right);
-        let until = now + time + time.mul_f64(self.chance());
-        self.queue.push(Reverse((until, page)));
-        until
+    /// The hold of `page` is to be looked at when it will be over, as things are.
+    pub(super) fn look_again(&mut self, page: u32, hold: &Hold) {
+        if let Some(end) = self.end(page, hold) {
+            self.queue.push(Reverse((end.at, page)));
+        }
     }
 
     /// From 0 to 1 (xorshift64, Marsaglia 2003).
@@ -128,15 +211,15 @@ impl Holds {
         (self.seed >> 32) as f64 / f64::from(u32::MAX)
     }
 
-    /// A page whose hold is over, unless it is held again since. Ask until there is none.
+    /// A page whose hold may be over. Ask until there is none.
     pub(super) fn due(&mut self, now: Instant) -> Option<u32> {
-        self.queue.peek().filter(|Reverse((until, _))| *until <= now)?;
+        self.queue.peek().filter(|Reverse((at, _))| *at <= now)?;
         self.queue.pop().map(|Reverse((_, page))| page)
     }
 
-    /// When the next hold is over.
+    /// When the next hold is to be looked at.
     pub(super) fn next(&self) -> Option<Instant> {
-        self.queue.peek().map(|Reverse((until, _))| *until)
+        self.queue.peek().map(|Reverse((at, _))| *at)
     }
 }
 
@@ -144,73 +227,124 @@ impl Holds {
 mod tests {
     use super::*;
 
-    #[test]
-    fn a_page_that_goes_to_and_fro_is_held_longer_within_bounds_and_less_again_when_it_rests() {
+    const ME: u32 = 77;
+
+    /// Holds whose unit is the least one, and now.
+    fn holds() -> (Holds, Instant) {
         let mut holds = Holds::new();
-        holds.took(Heat::default(), LEAST);
-        let (mut now, mut heat) = (Instant::now(), Heat::default());
+        holds.took(LEAST);
+        (holds, Instant::now())
+    }
+
+    fn used(at: Instant) -> Option<End> {
+        Some(End { at, unused: false })
+    }
+
+    fn unused(at: Instant) -> Option<End> {
+        Some(End { at, unused: true })
+    }
+
+    #[test]
+    fn a_page_is_held_until_who_needed_it_has_run_as_long_as_its_pages_are_many() {
+        let (mut holds, mut now) = holds();
         let mut held = Vec::new();
-        for _ in 0..10 {
-            held.push(holds.begin(7, heat, Right::Write, now) - now);
+        for page in 0..5 {
+            holds.waits(ME, page, now);
             now += Duration::from_millis(10);
-            holds.lost(7, now);
-            let (next, again) = holds.heat(7, heat, now + Duration::from_micros(100));
-            assert!(again);
-            heat = next;
+            assert!(held.iter().all(|(page, hold)| holds.end(*page, hold).is_none()), "it has not run yet");
+            held.push((page, holds.begin(page, now)));
         }
-        assert!(held[0] >= LEAST && held[0] <= LEAST * 2, "{held:?}");
-        assert!(held[9] >= LEAST * 128 && held[9] <= LEAST * 256, "{held:?}");
-        assert!(holds.begin(7, heat, Right::Read, now) - now <= LEAST * 8, "who reads holds it briefly");
-        for _ in 0..10 {
-            holds.lost(7, now);
-            now += Duration::from_secs(1);
-            let (next, again) = holds.heat(7, heat, now);
-            assert!(!again);
-            heat = next;
-        }
-        assert_eq!(heat, Heat::default());
+        assert!(held.iter().all(|(page, hold)| holds.end(*page, hold) == used(now + LEAST * RUN * 5)));
+        now += Duration::from_secs(1);
+        holds.waits(ME, 9, now);
+        let hold = holds.begin(9, now);
+        assert_eq!(holds.end(9, &hold), used(now + LEAST * RUN), "it had run: now it needs something else");
     }
 
     #[test]
-    fn holds_follow_what_it_takes_to_get_a_page() {
-        let mut holds = Holds::new();
-        let now = Instant::now();
-        holds.took(Heat::default(), Duration::from_millis(5));
-        let held = holds.begin(7, Heat::default(), Right::Write, now) - now;
-        assert!(held >= Duration::from_micros(2500) && held <= Duration::from_millis(5), "{held:?}");
-        // What had to wait for somebody else's hold tells nothing.
-        holds.took(Heat::default(), Duration::from_millis(500));
-        assert!(holds.unit() < Duration::from_millis(3));
-        holds.lost(7, now);
+    fn who_polls_one_page_holds_it_briefly_however_often_it_goes_to_and_fro() {
+        let (mut holds, mut now) = holds();
+        for _ in 0..100 {
+            holds.waits(ME, 3, now);
+            now += LEAST * 100;
+            let hold = holds.begin(3, now);
+            assert_eq!(holds.end(3, &hold), used(now + LEAST * RUN));
+            now += LEAST * RUN;
+        }
+    }
+
+    #[test]
+    fn of_two_who_hold_what_the_other_needs_the_one_in_need_for_longer_keeps_it() {
+        let (mut holds, now) = holds();
+        holds.waits(ME, 1, now);
+        let mut hold = holds.begin(1, now + LEAST * 3);
+        holds.waits(ME, 2, now + LEAST * 4);
+        let asked = now + LEAST * 8;
+        assert_eq!((holds.need(2, asked), holds.need(1, asked)), (LEAST * 8, Duration::ZERO));
+        holds.wanted(1, &mut hold, now - LEAST, asked);
+        assert_eq!(holds.end(1, &hold), unused(now + LEAST * 4), "to one who has been for longer");
+        holds.wanted(1, &mut hold, now + LEAST, asked);
+        let end = holds.end(1, &hold).expect("patience ends");
+        let patience = end.at - asked;
         assert!(
-            holds.heat(7, Heat::default(), now + Duration::from_millis(40)).1,
-            "soon, as things are here"
+            end.unused && patience >= LEAST * PATIENCE && patience <= LEAST * PATIENCE * 2,
+            "{patience:?}"
         );
+        holds.begin(2, asked);
+        assert_eq!(holds.end(1, &hold), used(asked + LEAST * RUN * 2), "it runs now");
     }
 
     #[test]
-    fn members_that_wait_for_each_others_holds_do_not_lengthen_them() {
-        let mut holds = Holds::new();
-        holds.took(Heat::default(), LEAST * 2);
-        let unit = holds.unit();
-        for heat in (1..=HOTTEST).cycle().take(1000) {
-            holds.took(Heat(heat), unit * 256);
-        }
-        assert_eq!(holds.unit(), unit);
+    fn who_needs_the_same_page_anew_does_not_keep_it_from_others() {
+        let (mut holds, now) = holds();
+        holds.waits(ME, 1, now);
+        let mut hold = holds.begin(1, now);
+        holds.waits(ME, 1, now + LEAST * 3);
+        holds.wanted(1, &mut hold, now, now + LEAST * 3);
+        assert_eq!(holds.end(1, &hold), used(now + LEAST), "it was to be read and is to be written to");
     }
 
     #[test]
-    fn holds_end_when_their_time_is_over_whatever_their_lengths() {
+    fn holds_follow_the_least_that_it_takes_to_get_a_page() {
         let mut holds = Holds::new();
-        holds.took(Heat::default(), LEAST);
+        holds.took(Duration::from_millis(5));
         let now = Instant::now();
-        let long = holds.begin(1, Heat(3), Right::Write, now);
-        let short = holds.begin(2, Heat(0), Right::Write, now);
-        assert_eq!(holds.next(), Some(short));
-        assert_eq!(holds.due(now), None);
-        assert_eq!(holds.due(short), Some(2));
-        assert_eq!(holds.due(short), None);
-        assert_eq!(holds.due(long), Some(1));
-        assert_eq!(holds.next(), None);
+        assert_eq!(holds.begin(7, now).least, now + Duration::from_micros(2500));
+        holds.took(Duration::from_millis(500));
+        assert!(holds.unit() < Duration::from_millis(3));
+    }
+
+    #[test]
+    fn holds_are_looked_at_when_they_may_be_over_and_when_their_thread_goes_on() {
+        let (mut holds, now) = holds();
+        holds.waits(ME, 1, now);
+        let mut first = holds.begin(1, now);
+        holds.waits(ME, 2, now + LEAST);
+        let due = |holds: &mut Holds, until| std::iter::from_fn(|| holds.due(until)).collect::<Vec<_>>();
+        assert!(due(&mut holds, now + LEAST * RUN).contains(&1));
+        assert_eq!(holds.next(), None, "nobody wants it");
+        holds.wanted(1, &mut first, now + LEAST, now + LEAST * 3);
+        let patience = holds.next().expect("somebody wants it");
+        assert_eq!(holds.end(1, &first), unused(patience));
+        holds.begin(2, now + LEAST * 4);
+        let end = holds.end(1, &first).expect("its thread runs");
+        assert!(!end.unused && end.at < patience);
+        assert!(due(&mut holds, end.at).contains(&1));
+    }
+
+    #[test]
+    fn only_so_many_threads_are_known_and_those_that_stand_still_stay() {
+        let (mut holds, now) = holds();
+        for id in 0..THREADS as u32 {
+            holds.waits(id, id, now);
+        }
+        holds.waits(1000, 500, now);
+        assert_eq!(holds.begin(500, now).thread, None, "all of the others stand still");
+        assert_eq!(holds.begin(1, now).thread, Some(1));
+        holds.waits(1000, 500, now + LEAST);
+        assert_eq!(holds.begin(500, now).thread, Some(1000), "in place of one that went on");
+        assert_eq!(holds.threads.len(), THREADS);
+        holds.clear();
+        assert_eq!((holds.threads.len(), holds.next()), (0, None));
     }
 }

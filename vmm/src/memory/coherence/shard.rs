@@ -2,6 +2,7 @@
 //! them (a fault, a message, the end of a hold) is worked off by the thread that brings it, under one lock, to the end.
 //! What is then to be said to others is said without the lock.
 
+use std::collections::HashMap;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -13,10 +14,10 @@ use transport::buffer::Buffer;
 use super::counters::Tally;
 use super::holds::Holds;
 use super::member::{Action, Actions, Copy, Event};
-use super::message::{Member, Members, Right, ToHome, ToMember};
+use super::message::{Member, Members, Order, Right, ToHome, ToMember};
 use super::table::{Busy, Table};
 use super::timer::Timer;
-use super::wire::{Age, BODY, Letter, What};
+use super::wire::{Age, BODY, Letter, Need, What};
 use super::{Homes, Violation};
 use crate::memory::frames::{Fault, Frames, PAGE, Page, Shards};
 
@@ -63,6 +64,8 @@ pub(super) struct Shard {
 struct State {
     table: Table,
     holds: Holds,
+    /// Since when members that ask for pages at home here have been in need.
+    needs: HashMap<(u32, Member), Instant>,
     age: Age,
     tally: Tally,
     /// So many orders wait for the end of a hold.
@@ -84,6 +87,7 @@ impl Shard {
         let state = State {
             table,
             holds: Holds::new(),
+            needs: HashMap::new(),
             age: Age::default(),
             tally: Tally::default(),
             deferred: 0,
@@ -132,6 +136,7 @@ impl Shard {
         }
         state.table.clear();
         state.holds.clear();
+        state.needs.clear();
         (state.deferred, state.age) = (0, age);
         Ok(())
     }
@@ -171,8 +176,11 @@ impl Shard {
             }
             let place = place as u32;
             match letter.what {
-                What::Home(_, message) => work.at_home(place, from, message),
-                What::Member(_, message) => work.happens(place, Event::Heard(message), content),
+                What::Home(_, message) => work.at_home(place, from, message, letter.need),
+                What::Member(_, message) => {
+                    let with = Heard { content, need: letter.need, late: letter.late };
+                    work.happens(place, Event::Heard(message), with)
+                }
                 What::Forget | What::Forgotten | What::GoOn => Ok(()),
             }
         })
@@ -187,6 +195,7 @@ impl Shard {
             mail: Mail::new(),
             own: SmallVec::new(),
             now: Instant::now(),
+            late: false,
         };
         work.expire()?;
         begin(&mut work)?;
@@ -197,8 +206,16 @@ impl Shard {
 
 /// A message of this member to itself.
 enum Own {
-    Home(ToHome),
-    Member(ToMember, Option<Buffer>),
+    Home(ToHome, Need),
+    Member(ToMember, Heard),
+}
+
+/// What comes with a message to a member; see [`Letter`].
+#[derive(Default)]
+struct Heard {
+    content: Option<Buffer>,
+    need: Need,
+    late: bool,
 }
 
 /// Work under the lock.
@@ -208,6 +225,8 @@ struct Work<'a> {
     mail: Mail,
     own: SmallVec<[(u32, Own); 4]>,
     now: Instant,
+    /// What is said now answers an order that had to wait until a hold was over.
+    late: bool,
 }
 
 impl Work<'_> {
@@ -218,8 +237,16 @@ impl Work<'_> {
     /// Ends holds whose time is over.
     fn expire(&mut self) -> Result<(), Failure> {
         while let Some(place) = self.state.holds.due(self.now) {
-            if self.state.table.held(place).is_some_and(|until| until <= self.now) {
-                self.happens(place, Event::HoldOver, None)?;
+            let State { table, holds, tally, .. } = &mut *self.state;
+            let Some(hold) = table.held(place) else { continue };
+            match holds.end(place, &hold) {
+                Some(end) if end.at <= self.now => {
+                    tally.unused += u64::from(end.unused);
+                    self.late = true;
+                    self.happens(place, Event::HoldOver, Heard::default())?;
+                    self.late = false;
+                }
+                _ => holds.look_again(place, &hold),
             }
         }
         Ok(())
@@ -229,8 +256,8 @@ impl Work<'_> {
     fn settle(&mut self) -> Result<(), Failure> {
         while let Some((place, own)) = self.own.pop() {
             match own {
-                Own::Home(message) => self.at_home(place, self.shard.me, message)?,
-                Own::Member(message, content) => self.happens(place, Event::Heard(message), content)?,
+                Own::Home(message, need) => self.at_home(place, self.shard.me, message, need)?,
+                Own::Member(message, with) => self.happens(place, Event::Heard(message), with)?,
             }
         }
         let next = self.state.holds.next().filter(|_| self.state.deferred > 0);
@@ -254,11 +281,17 @@ impl Work<'_> {
             return Err(io::Error::other("a fault came from somewhere else").into());
         };
         let right = if fault.write || fault.protected { Right::Write } else { Right::Read };
-        self.happens(place as u32, Event::Fault(right), None)
+        let place = place as u32;
+        self.state.holds.waits(fault.thread, place, self.now);
+        self.happens(place, Event::Fault(right), Heard::default())?;
+        if !self.state.table.asks(place) {
+            self.state.holds.goes_on(fault.thread, self.now);
+        }
+        Ok(())
     }
 
     /// As the home of the page at `place`, hears what `from` says.
-    fn at_home(&mut self, place: u32, from: Member, message: ToHome) -> Result<(), Failure> {
+    fn at_home(&mut self, place: u32, from: Member, message: ToHome, need: Need) -> Result<(), Failure> {
         let page = self.page(place);
         if self.shard.homes.of(page) != Some(self.shard.me) {
             return Err(Violation("a page is at home somewhere else").into());
@@ -268,23 +301,43 @@ impl Work<'_> {
         let keeper = self.shard.me;
         let (next, sendings) = std::mem::take(line).step(keeper, from, message)?;
         *line = next;
+        match message {
+            ToHome::Get { .. } => drop(self.state.needs.insert((place, from), since(self.now, need))),
+            ToHome::Done { .. } => drop(self.state.needs.remove(&(place, from))),
+            ToHome::Offer => {}
+        }
         for (to, message) in sendings {
-            self.send(to, place, message, None)?;
+            let need = match message {
+                ToMember::Order(Order::Forward { to, .. } | Order::Invalidate { to, .. }) => {
+                    let since = self.state.needs.get(&(place, to));
+                    since.map_or_else(Need::default, |since| {
+                        Need::of(self.now.saturating_duration_since(*since))
+                    })
+                }
+                _ => Need::default(),
+            };
+            self.send(to, place, message, Heard { need, ..Heard::default() })?;
         }
         Ok(())
     }
 
     /// Has `event` happen to the page at `place`.
-    fn happens(&mut self, place: u32, event: Event, content: Option<Buffer>) -> Result<(), Failure> {
+    fn happens(&mut self, place: u32, event: Event, with: Heard) -> Result<(), Failure> {
         let mut busy = self.state.table.take(place);
         let (before, deferred) = (busy.page, busy.page.defers());
         let (page, actions) = before.step(event)?;
         busy.page = page;
+        busy.late |= with.late;
         self.count(event, before.copy(), &page, &mut busy.since);
         self.state.deferred += usize::from(page.defers());
         self.state.deferred -= usize::from(deferred);
-        self.state.tally.deferred += u64::from(page.defers() && !deferred);
-        self.act(place, before.copy(), &mut busy, actions, content)?;
+        if page.defers() && !deferred {
+            self.state.tally.deferred += 1;
+            if let Some(hold) = &mut busy.hold {
+                self.state.holds.wanted(place, hold, since(self.now, with.need), self.now);
+            }
+        }
+        self.act(place, before.copy(), &mut busy, actions, with.content)?;
         self.state.table.put(place, busy);
         Ok(())
     }
@@ -330,10 +383,6 @@ impl Work<'_> {
                     let staged = busy.staged.take().ok_or(Violation("there is nothing to install"))?;
                     frames.install(page, 1, &staged, !writable)?;
                     self.state.tally.fetched += 1;
-                    if let Some(since) = busy.since {
-                        let heat = self.state.table.heat(place);
-                        self.state.holds.took(heat, self.now.saturating_duration_since(since));
-                    }
                     woken = true;
                 }
                 Action::InstallZeros => {
@@ -348,7 +397,6 @@ impl Work<'_> {
                 Action::Protect => {
                     frames.protect(page, 1)?;
                     self.state.tally.downgraded += 1;
-                    self.state.holds.lost(place, self.now);
                 }
                 Action::Unmap => {
                     if before == Copy::Modified {
@@ -358,13 +406,16 @@ impl Work<'_> {
                 Action::Send(to, answer) => {
                     let content = Buffer::from_vec(frames.read(page, 1)?);
                     self.state.tally.sent += 1;
-                    self.send(to, place, ToMember::Answer(answer), Some(content))?;
+                    let with = Heard { content: Some(content), late: self.late, ..Heard::default() };
+                    self.send(to, place, ToMember::Answer(answer), with)?;
                 }
-                Action::SendGone(to, txn) => self.send(to, place, ToMember::Gone { txn }, None)?,
+                Action::SendGone(to, txn) => {
+                    let with = Heard { late: self.late, ..Heard::default() };
+                    self.send(to, place, ToMember::Gone { txn }, with)?;
+                }
                 Action::Free => {
                     frames.punch(page, 1)?;
                     self.state.tally.invalidated += 1;
-                    self.state.holds.lost(place, self.now);
                 }
                 Action::Wake => {
                     if !woken {
@@ -378,49 +429,52 @@ impl Work<'_> {
     }
 
     fn hold(&mut self, place: u32, busy: &mut Busy) {
-        let State { table, holds, tally, .. } = &mut *self.state;
-        let needed = busy.since.take();
-        if let Some(needed) = needed {
-            tally.latency.note(self.now.saturating_duration_since(needed));
+        let State { holds, tally, .. } = &mut *self.state;
+        let late = std::mem::take(&mut busy.late);
+        if let Some(needed) = busy.since.take() {
+            let time = self.now.saturating_duration_since(needed);
+            tally.latency.note(time);
+            if !late {
+                holds.took(time);
+            }
         }
-        let (heat, again) = holds.heat(place, table.heat(place), needed.unwrap_or(self.now));
-        table.set_heat(place, heat);
-        tally.ping_pongs += u64::from(again);
         tally.held += 1;
-        let right = if busy.page.copy() == Copy::Modified { Right::Write } else { Right::Read };
         // Not from when this work began: to install a page takes its time.
-        busy.until = Some(holds.begin(place, heat, right, Instant::now()));
+        busy.hold = Some(holds.begin(place, Instant::now()));
     }
 
     fn ask(&mut self, place: u32, message: ToHome) {
+        let need = Need::of(self.state.holds.need(place, self.now));
         match self.shard.homes.of(self.page(place)) {
-            Some(home) if home == self.shard.me => self.own.push((place, Own::Home(message))),
-            Some(home) => self.post(home, What::Home(self.page(place), message), None),
+            Some(home) if home == self.shard.me => self.own.push((place, Own::Home(message, need))),
+            Some(home) => {
+                self.post(home, What::Home(self.page(place), message), Heard { need, ..Heard::default() });
+            }
             // Every page has one.
             None => {}
         }
     }
 
-    fn send(
-        &mut self,
-        to: Member,
-        place: u32,
-        message: ToMember,
-        content: Option<Buffer>,
-    ) -> Result<(), Failure> {
+    fn send(&mut self, to: Member, place: u32, message: ToMember, with: Heard) -> Result<(), Failure> {
         if to == self.shard.me {
-            self.own.push((place, Own::Member(message, content)));
+            self.own.push((place, Own::Member(message, with)));
         } else if self.shard.members.has(to) {
-            self.post(to, What::Member(self.page(place), message), content);
+            self.post(to, What::Member(self.page(place), message), with);
         } else {
             return Err(Violation("a page is to go to one who is no member").into());
         }
         Ok(())
     }
 
-    fn post(&mut self, to: Member, what: What, content: Option<Buffer>) {
-        self.mail.push((to, Letter { age: self.state.age, what }, content));
+    fn post(&mut self, to: Member, what: What, with: Heard) {
+        let Heard { content, need, late } = with;
+        self.mail.push((to, Letter { age: self.state.age, need, late, what }, content));
     }
+}
+
+/// When somebody began to be in need.
+fn since(now: Instant, need: Need) -> Instant {
+    now.checked_sub(need.time()).unwrap_or(now)
 }
 
 /// Whether what comes with `letter` is what it says.
@@ -436,8 +490,12 @@ mod tests {
     #[test]
     fn a_letter_has_content_where_it_says_so_and_then_a_page_of_it() {
         let answer = |content| Answer { txn: Txn(1), granted: Granted::Share, gone: 0, content };
-        let letter =
-            |content| Letter { age: Age(0), what: What::Member(Page(3), ToMember::Answer(answer(content))) };
+        let letter = |content| Letter {
+            age: Age(0),
+            need: Need::default(),
+            late: false,
+            what: What::Member(Page(3), ToMember::Answer(answer(content))),
+        };
         let (page, short) = (Buffer::zeroed(PAGE), Buffer::zeroed(PAGE - 1));
         assert!(whole(&letter(Content::Sent), Some(&page)) && whole(&letter(Content::Yours), None));
         assert!(!whole(&letter(Content::Sent), None) && !whole(&letter(Content::Yours), Some(&page)));

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use transport::buffer::Buffer;
 
-use super::holds::Heat;
+use super::holds::Hold;
 use super::member::Copy;
 use super::{Line, Page};
 
@@ -17,13 +17,15 @@ pub(super) struct Busy {
     pub(super) staged: Option<Buffer>,
     /// Since when somebody stands still for it.
     pub(super) since: Option<Instant>,
-    /// Until when it is held, if it is.
-    pub(super) until: Option<Instant>,
+    /// Somebody's hold had to be over first.
+    pub(super) late: bool,
+    /// How it is held, if it is.
+    pub(super) hold: Option<Hold>,
 }
 
 /// All pages of a shard by their place, and the lines of those that are at home here.
 pub(super) struct Table {
-    /// Bits 0 and 1: the copy; 2 to 4: its heat. As for the copy, what is in `busy` counts.
+    /// The copy; what is in `busy` counts.
     states: Vec<u8>,
     busy: HashMap<u32, Busy>,
     /// By pieces, once one of their pages was asked for.
@@ -33,7 +35,6 @@ pub(super) struct Table {
 }
 
 const COPIES: [Copy; 4] = [Copy::None, Copy::Shared, Copy::Owned, Copy::Modified];
-const HEAT: u8 = 2;
 
 impl Table {
     /// Of so many pages, `each` in a piece.
@@ -61,7 +62,7 @@ impl Table {
     pub(super) fn put(&mut self, place: u32, busy: Busy) {
         if let Some(state) = self.states.get_mut(place as usize) {
             let copy = COPIES.iter().position(|copy| *copy == busy.page.copy()).unwrap_or(0);
-            *state = *state & !3 | copy as u8;
+            *state = copy as u8;
         }
         if !busy.page.idle() || busy.staged.is_some() {
             self.busy.insert(place, busy);
@@ -73,21 +74,14 @@ impl Table {
         COPIES[usize::from(self.state(place) & 3)]
     }
 
-    /// Until when the page is held; `None`: it is not.
-    pub(super) fn held(&self, place: u32) -> Option<Instant> {
-        self.busy.get(&place).filter(|busy| busy.page.held())?.until
+    /// How the page is held; `None`: it is not.
+    pub(super) fn held(&self, place: u32) -> Option<Hold> {
+        self.busy.get(&place).filter(|busy| busy.page.held())?.hold
     }
 
-    /// How hot a page is.
-    pub(super) fn heat(&self, place: u32) -> Heat {
-        Heat::from_bits(self.state(place) >> HEAT & 7)
-    }
-
-    /// From now on it is so hot.
-    pub(super) fn set_heat(&mut self, place: u32, heat: Heat) {
-        if let Some(state) = self.states.get_mut(place as usize) {
-            *state = *state & 3 | heat.bits() << HEAT;
-        }
+    /// Whether the page was asked for and has not come yet.
+    pub(super) fn asks(&self, place: u32) -> bool {
+        self.busy.get(&place).is_some_and(|busy| busy.page.asks())
     }
 
     /// What the home of a page, which this member is, knows of it.
@@ -108,7 +102,7 @@ mod tests {
     #[test]
     fn a_page_at_rest_is_a_byte_and_one_with_something_under_way_is_kept_whole() {
         let mut table = Table::new(10, 4);
-        assert_eq!((table.copy(9), table.heat(9)), (Copy::None, Heat::default()));
+        assert_eq!(table.copy(9), Copy::None);
         let mut busy = table.take(9);
         (busy.page, _) = busy.page.step(Event::Fault(Right::Write)).expect("a fault is always possible");
         let asking = busy.page;
@@ -116,14 +110,10 @@ mod tests {
         assert!(table.busy.contains_key(&9));
         assert_eq!(table.take(9).page, asking);
         table.put(9, Busy { page: Page::resting(Copy::Owned), ..Busy::default() });
-        table.set_heat(9, Heat::from_bits(5));
-        assert_eq!(
-            (table.copy(9), table.heat(9), table.busy.contains_key(&9)),
-            (Copy::Owned, Heat::from_bits(5), false)
-        );
+        assert_eq!((table.copy(9), table.busy.contains_key(&9)), (Copy::Owned, false));
         assert_eq!(table.take(9).page, Page::resting(Copy::Owned));
         assert!(table.line(9).is_some() && table.line(12).is_none(), "only pages have lines");
         table.clear();
-        assert_eq!((table.copy(9), table.heat(9)), (Copy::None, Heat::default()));
+        assert_eq!(table.copy(9), Copy::None);
     }
 }

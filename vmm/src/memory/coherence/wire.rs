@@ -2,11 +2,16 @@
 //! other; content is the payload, and belongs to the last.
 //!
 //! ```text
-//!   0      1        2      4                          12      14     15     16
-//!  ┌──────┬────────┬──────┬──────────────────────────┬───────┬──────┬──────┐
-//!  │ kind │ detail │ age  │ page                     │ txn   │ to   │ gone │   little-endian; 0 where it says nothing
-//!  └──────┴────────┴──────┴──────────────────────────┴───────┴──────┴──────┘
+//!   0      1        2      4                   11     12      14     15     16
+//!  ┌──────┬────────┬──────┬───────────────────┬──────┬───────┬──────┬──────┐
+//!  │ kind │ detail │ age  │ page              │ note │ txn   │ to   │ gone │   little-endian; 0 where it says nothing
+//!  └──────┴────────┴──────┴───────────────────┴──────┴───────┴──────┴──────┘
 //! ```
+//!
+//! The *note* is for [holds](super::holds) only: with `Get` and the orders that it leads to, for how long the asker has
+//! been in need; with what answers an order, whether that had to wait until a hold was over.
+
+use std::time::Duration;
 
 use super::message::{Answer, Content, Granted, MEMBERS, Member, Order, Right, ToHome, ToMember, Txn};
 use crate::memory::frames::Page;
@@ -47,11 +52,41 @@ pub enum What {
     GoOn,
 }
 
+/// For how long somebody has been in need, as a number of microseconds with four binary digits that count.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Need(u8);
+
+impl Need {
+    /// So long, or a little less. The longest is days.
+    #[must_use]
+    pub fn of(time: Duration) -> Self {
+        let micros = u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+        let exponent = (micros / 8).checked_ilog2().map_or(0, |log| log + 1);
+        if exponent > 31 {
+            return Self(u8::MAX);
+        }
+        let digits = micros >> exponent.saturating_sub(1) & 7;
+        Self((exponent as u8) << 3 | digits as u8)
+    }
+
+    /// How long.
+    #[must_use]
+    pub fn time(self) -> Duration {
+        let (exponent, digits) = (self.0 >> 3, u64::from(self.0 & 7));
+        let micros = if exponent == 0 { digits } else { (8 + digits) << (exponent - 1) };
+        Duration::from_micros(micros)
+    }
+}
+
 /// A message, and of which age it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Letter {
     /// The sender's age.
     pub age: Age,
+    /// With [`ToHome::Get`] and orders: for how long the one whom the transaction is for has been in need.
+    pub need: Need,
+    /// With [`ToMember::Answer`] and [`ToMember::Gone`]: the order had to wait until a hold was over.
+    pub late: bool,
     /// What it says.
     pub what: What,
 }
@@ -81,7 +116,9 @@ struct Fields {
     kind: u8,
     detail: u8,
     age: u16,
+    /// Below 2^56.
     page: u64,
+    note: u8,
     txn: u16,
     to: u8,
     gone: u8,
@@ -94,6 +131,7 @@ impl Fields {
         bytes[1] = self.detail;
         bytes[2..4].copy_from_slice(&self.age.to_le_bytes());
         bytes[4..12].copy_from_slice(&self.page.to_le_bytes());
+        bytes[11] = self.note;
         bytes[12..14].copy_from_slice(&self.txn.to_le_bytes());
         bytes[14] = self.to;
         bytes[15] = self.gone;
@@ -101,12 +139,13 @@ impl Fields {
     }
 
     fn read(bytes: [u8; BODY]) -> Self {
-        let [kind, detail, a0, a1, p0, p1, p2, p3, p4, p5, p6, p7, t0, t1, to, gone] = bytes;
+        let [kind, detail, a0, a1, p0, p1, p2, p3, p4, p5, p6, note, t0, t1, to, gone] = bytes;
         Self {
             kind,
             detail,
             age: u16::from_le_bytes([a0, a1]),
-            page: u64::from_le_bytes([p0, p1, p2, p3, p4, p5, p6, p7]),
+            page: u64::from_le_bytes([p0, p1, p2, p3, p4, p5, p6, 0]),
+            note,
             txn: u16::from_le_bytes([t0, t1]),
             to,
             gone,
@@ -125,7 +164,7 @@ impl Letter {
             What::Forgotten => Fields { kind: kind::FORGOTTEN, ..Fields::default() },
             What::GoOn => Fields { kind: kind::GO_ON, ..Fields::default() },
         };
-        Fields { age: self.age.0, ..fields }.bytes()
+        Fields { age: self.age.0, note: self.note(), ..fields }.bytes()
     }
 
     /// Reads a body.
@@ -134,8 +173,28 @@ impl Letter {
     /// It is none, or says something where it has nothing to say.
     pub fn decode(body: &[u8]) -> Result<Self, Malformed> {
         let fields = Fields::read(body.try_into().map_err(|_| Malformed)?);
-        let letter = Self { age: Age(fields.age), what: what(fields)? };
+        let (need, late) = (Need(fields.note), fields.note == 1);
+        let mut letter = Self { age: Age(fields.age), need, late, what: what(fields)? };
+        // Only one of them is said.
+        letter.need = if letter.says_need() { need } else { Need::default() };
+        letter.late = letter.says_late() && late;
         if letter.encode() == body { Ok(letter) } else { Err(Malformed) }
+    }
+
+    fn note(&self) -> u8 {
+        match (self.says_need(), self.says_late()) {
+            (true, _) => self.need.0,
+            (_, true) => u8::from(self.late),
+            _ => 0,
+        }
+    }
+
+    fn says_need(&self) -> bool {
+        matches!(self.what, What::Home(_, ToHome::Get { .. }) | What::Member(_, ToMember::Order(_)))
+    }
+
+    fn says_late(&self) -> bool {
+        matches!(self.what, What::Member(_, ToMember::Answer(_) | ToMember::Gone { .. }))
     }
 
     /// Whether content comes with it.

@@ -9,7 +9,10 @@ fn corpus() -> PathBuf {
 }
 
 fn letter(what: What) -> Letter {
-    Letter { age: Age(0x0102), what }
+    let mut letter = Letter { age: Age(0x0102), need: Need::default(), late: false, what };
+    letter.late = letter.says_late();
+    letter.need = Need(if letter.says_need() { 0x9a } else { 0 });
+    letter
 }
 
 /// One letter of each kind.
@@ -54,6 +57,8 @@ fn refused() -> Vec<(&'static str, Vec<u8>)> {
         ("forward-too-many-gone", changed("forward", 15, MEMBERS as u8)),
         ("answer-unknown-right", changed("answer-sent", 1, 0x23)),
         ("answer-unknown-content", changed("answer-sent", 1, 0x30)),
+        ("answer-unknown-note", changed("answer-sent", 11, 2)),
+        ("done-in-need", changed("done", 11, 1)),
         ("forget-a-page", changed("forget", 4, 1)),
         ("cut", letter(What::GoOn).encode()[..BODY - 1].to_vec()),
         ("empty", Vec::new()),
@@ -83,6 +88,16 @@ fn letters_read_as_they_were_written_and_what_makes_no_sense_is_refused() {
     for (name, bytes) in refused() {
         assert_eq!(Letter::decode(&bytes), Err(Malformed), "{name}");
     }
+}
+
+#[test]
+fn how_long_somebody_is_in_need_is_told_to_an_eighth() {
+    for micros in (0..100).chain([1000, 12_345, 999_999, 60_000_000, 3_600_000_000]) {
+        let told = Need::of(Duration::from_micros(micros)).time().as_micros() as u64;
+        assert!(told <= micros && micros - told <= micros / 8, "{micros} {told}");
+    }
+    assert_eq!(Need::of(Duration::MAX), Need(u8::MAX));
+    assert!((0..255).all(|n| Need::of(Need(n).time()) == Need(n) && Need(n).time() < Need(n + 1).time()));
 }
 
 #[test]
