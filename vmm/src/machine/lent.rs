@@ -3,22 +3,28 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use transport::metrics::Distribution;
+
 use super::paging::Paging;
 use crate::control::{Counters, Peers};
 use crate::memory::store::{Compression, HelperReport, Standing};
+
+/// How long pages took to come.
+pub(super) fn fetches(latency: &Distribution) -> [(String, u64); 4] {
+    let nanoseconds = |at: Option<Duration>| at.map_or(0, |at| at.as_nanos() as u64);
+    [
+        ("fetch_count".to_owned(), latency.count),
+        ("fetch_p50_ns".to_owned(), nanoseconds(latency.quantile(0.5))),
+        ("fetch_p99_ns".to_owned(), nanoseconds(latency.quantile(0.99))),
+        ("fetch_max_ns".to_owned(), nanoseconds(latency.max())),
+    ]
+}
 
 impl Paging {
     /// What was counted, by group: `memory`, and `helper0` and so on.
     pub(super) fn counters(&self) -> Counters {
         let now = self.engine.counters();
-        let latency = &now.latency;
-        let nanoseconds = |at: Option<Duration>| at.map_or(0, |at| at.as_nanos() as u64);
-        let mut memory = BTreeMap::from([
-            ("fetch_count".to_owned(), latency.count),
-            ("fetch_p50_ns".to_owned(), nanoseconds(latency.quantile(0.5))),
-            ("fetch_p99_ns".to_owned(), nanoseconds(latency.quantile(0.99))),
-            ("fetch_max_ns".to_owned(), nanoseconds(latency.max())),
-        ]);
+        let mut memory = BTreeMap::from(fetches(&now.latency));
         if let Ok(serde_json::Value::Object(numbers)) = serde_json::to_value(&now) {
             memory.extend(numbers.into_iter().filter_map(|(name, number)| Some((name, number.as_u64()?))));
         }

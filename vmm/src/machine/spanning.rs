@@ -301,9 +301,11 @@ impl Spanning {
 
     /// What was counted.
     pub(super) fn counters(&self) -> BTreeMap<String, u64> {
-        let all = serde_json::to_value(self.engine.counters()).unwrap_or_default();
+        let counters = self.engine.counters();
+        let all = serde_json::to_value(&counters).unwrap_or_default();
         let numbers = all.as_object().into_iter().flatten();
-        numbers.filter_map(|(name, value)| Some((name.clone(), value.as_u64()?))).collect()
+        let numbers = numbers.filter_map(|(name, value)| Some((name.clone(), value.as_u64()?)));
+        numbers.chain(super::lent::fetches(&counters.latency)).collect()
     }
 }
 

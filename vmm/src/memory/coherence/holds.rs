@@ -19,9 +19,9 @@ use std::time::{Duration, Instant};
 use smallvec::SmallVec;
 
 /// The least unit: about what a thread needs to be woken and to touch a page.
-const LEAST: Duration = Duration::from_micros(25);
+const LEAST: Duration = Duration::from_micros(50);
 /// The greatest, whatever the network.
-const MOST: Duration = Duration::from_millis(8);
+const MOST: Duration = Duration::from_millis(32);
 
 /// A thread runs for so many units for each page that it had to get before.
 const RUN: u32 = 2;
@@ -83,8 +83,8 @@ pub(super) struct Holds {
     /// Pages, in the order in which their holds are to be looked at.
     queue: BinaryHeap<Reverse<(Instant, u32)>>,
     threads: Vec<Thread>,
-    /// The least that it took of late to get a page.
-    pace: Duration,
+    /// What it took of late, on average, to get a page; `None`: none came yet.
+    pace: Option<Duration>,
     /// Of chance.
     seed: u64,
 }
@@ -95,7 +95,7 @@ impl Holds {
         // Without randomness chance is the same at each start, which does no harm.
         let _ = getrandom::fill(&mut seed);
         let seed = u64::from_le_bytes(seed) | 1;
-        Self { queue: BinaryHeap::new(), threads: Vec::new(), pace: MOST, seed }
+        Self { queue: BinaryHeap::new(), threads: Vec::new(), pace: None, seed }
     }
 
     /// Forgets all of them.
@@ -105,13 +105,14 @@ impl Holds {
     }
 
     fn unit(&self) -> Duration {
-        (self.pace / 2).clamp(LEAST, MOST)
+        self.pace.unwrap_or_default().clamp(LEAST, MOST)
     }
 
-    /// A page came that nobody held, which took so long. It may have waited for something else, so the shortest of late
-    /// counts.
+    /// A page came that nobody held, which took so long.
     pub(super) fn took(&mut self, time: Duration) {
-        self.pace = (self.pace + self.pace / 64).min(time);
+        // A link that was cut says nothing about what it takes when it is whole.
+        let time = time.min(MOST);
+        self.pace = Some(self.pace.map_or(time, |pace| (pace * 7 + time) / 8));
     }
 
     /// The thread `id` stands still for `page`.
@@ -305,13 +306,15 @@ mod tests {
     }
 
     #[test]
-    fn holds_follow_the_least_that_it_takes_to_get_a_page() {
-        let mut holds = Holds::new();
-        holds.took(Duration::from_millis(5));
-        let now = Instant::now();
-        assert_eq!(holds.begin(7, now).least, now + Duration::from_micros(2500));
-        holds.took(Duration::from_millis(500));
-        assert!(holds.unit() < Duration::from_millis(3));
+    fn holds_follow_what_it_takes_to_get_a_page() {
+        let (mut holds, now) = holds();
+        for _ in 0..50 {
+            holds.took(Duration::from_millis(5));
+        }
+        let held = holds.begin(7, now).least - now;
+        assert!(held > Duration::from_millis(4) && held <= Duration::from_millis(5), "{held:?}");
+        holds.took(Duration::from_secs(60));
+        assert!(holds.unit() < Duration::from_millis(10), "the link was cut");
     }
 
     #[test]
