@@ -388,6 +388,8 @@ impl Work<'_> {
                 Action::InstallZeros => {
                     frames.zero(page, 1, false)?;
                     self.state.tally.zeroed += 1;
+                    // Mostly its home is here: it tells nothing of what it takes to get a page.
+                    busy.since = None;
                     woken = true;
                 }
                 Action::Unprotect => {
