@@ -67,6 +67,16 @@ impl Kernel {
         Ok(Self { path, form, initrd: initrd.transpose()?, cmdline: config.cmdline.clone() })
     }
 
+    /// Tells Linux the rate of the time stamp counter, unless the command line does so already. It would measure it
+    /// against timers of which each look is an exit: that can fail, and then it does without the counter.
+    pub fn tell_tsc(&mut self, khz: u32) {
+        const WORD: &str = "tsc_early_khz=";
+        if !self.cmdline.split_whitespace().any(|word| word.starts_with(WORD)) {
+            // In front: what follows `--` is for init.
+            self.cmdline = format!("{WORD}{khz} {}", self.cmdline).trim_end().to_owned();
+        }
+    }
+
     /// Loads everything into `memory`, whose ACPI tables begin at `rsdp`.
     ///
     /// # Errors

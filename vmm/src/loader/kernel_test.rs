@@ -91,6 +91,25 @@ fn a_plain_elf_kernel_gets_boot_parameters_with_its_command_line_initrd_and_memo
 }
 
 #[test]
+fn linux_is_told_the_rate_of_its_counter_before_what_is_for_init_unless_the_user_did() {
+    let scene = Scene::new();
+    let image = scene.file("vmlinux", &elf(false));
+    for (given, is) in [
+        ("quiet -- 3", "tsc_early_khz=2500000 quiet -- 3"),
+        ("", "tsc_early_khz=2500000"),
+        ("a tsc_early_khz=7", "a tsc_early_khz=7"),
+    ] {
+        let config = config::Kernel { image: image.clone(), initrd: None, cmdline: given.into() };
+        let mut kernel = Kernel::open(&config, None).expect("a kernel");
+        kernel.tell_tsc(2_500_000);
+        kernel.load(scene.ram.memory(), &scene.layout, GuestAddress(TABLES.base)).expect("it loads");
+        let params: boot_params = scene.ram.memory().read_obj(address::BOOT_PARAMS).expect("RAM");
+        let line = scene.bytes({ params.hdr.cmd_line_ptr }.into(), is.len() + 1);
+        assert_eq!(String::from_utf8_lossy(&line), format!("{is}\0"));
+    }
+}
+
+#[test]
 fn a_kernel_with_a_pvh_entry_begins_there() {
     let scene = Scene::new();
     let entry = scene.load(scene.file("vmlinux", &elf(true)), None, "").expect("it loads");

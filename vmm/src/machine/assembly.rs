@@ -96,7 +96,7 @@ pub(super) fn broken(name: &str, why: &dyn Display) -> Error {
 /// Builds the machine.
 pub(super) fn assemble(guest: &config::Guest, options: &Options) -> Result<Machine, Error> {
     let started = Instant::now();
-    let kernel = Kernel::open(&guest.kernel, options.cache.as_deref())?;
+    let mut kernel = Kernel::open(&guest.kernel, options.cache.as_deref())?;
     let count = guest.cpu.count;
     let bits = Partition::host_address_bits()?;
     let size = guest.memory.size;
@@ -110,7 +110,10 @@ pub(super) fn assemble(guest: &config::Guest, options: &Options) -> Result<Machi
     let controllers = guest.interrupt_controllers();
     let partition = match &spanning {
         None => Partition::new(ram.memory().clone(), count, controllers::of_partition(controllers))?,
-        Some(spanning) => spanning.partition(&ram)?,
+        Some(spanning) => {
+            kernel.tell_tsc(spanning.tsc_khz());
+            spanning.partition(&ram)?
+        }
     };
     let board = controllers::board(controllers)?;
     let high = Some(layout.window_64());

@@ -234,6 +234,11 @@ impl Spanning {
         Ok(Partition::spanning(ram.memory().clone(), &self.shown, &self.placement.counts(), self.tsc_khz)?)
     }
 
+    /// The rate of the guest's time stamp counters.
+    pub(super) fn tsc_khz(&self) -> u32 {
+        self.tsc_khz
+    }
+
     /// Has the helper's vCPUs read the time stamp counter of the console node's, `offset` ticks ahead of this PC's.
     pub(super) fn keep_time(&self, offset: u64) -> Result<(), Error> {
         let rate = Rate { host_khz: self.helper_khz, guest_khz: self.tsc_khz };

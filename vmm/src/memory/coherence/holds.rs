@@ -29,7 +29,7 @@ const RUN: u32 = 2;
 /// How long one of two who both take themselves for the older one waits for the other, in units.
 const PATIENCE: u32 = 32;
 
-/// So many pages at most count as what a thread needs at once.
+/// So many pages at most, the last ones, count as what a thread needs at once. Others are held for one unit.
 const TOGETHER: usize = 16;
 
 /// So many threads are known: those that stood still last.
@@ -76,6 +76,8 @@ struct Thread {
     needed: SmallVec<[u32; TOGETHER]>,
     /// and since when.
     need: Instant,
+    /// Pages whose holds are to be looked at when it goes on.
+    parked: SmallVec<[u32; TOGETHER]>,
 }
 
 /// The holds of a shard's pages, which are numbered.
@@ -117,12 +119,16 @@ impl Holds {
 
     /// The thread `id` stands still for `page`.
     pub(super) fn waits(&mut self, id: u32, page: u32, now: Instant) {
-        let Some(thread) = self.thread(id, now) else { return };
+        let Self { queue, threads, .. } = self;
+        let Some(thread) = known(threads, id, now) else { return };
         if thread.waits.is_none() && now.saturating_duration_since(thread.since) >= thread.run {
             thread.needed.clear();
             thread.need = now;
         }
-        if thread.needed.len() < TOGETHER && !thread.needed.contains(&page) {
+        if !thread.needed.contains(&page) {
+            if thread.needed.len() == TOGETHER {
+                queue.push(Reverse((now, thread.needed.remove(0))));
+            }
             thread.needed.push(page);
         }
         thread.waits = Some(page);
@@ -141,24 +147,6 @@ impl Holds {
         }
     }
 
-    /// Finds a thread, or makes it known in place of the one that went on longest ago.
-    fn thread(&mut self, id: u32, now: Instant) -> Option<&mut Thread> {
-        let known = self.threads.iter().position(|thread| thread.id == id);
-        let at = known.or_else(|| {
-            let (run, needed) = (Duration::ZERO, SmallVec::new());
-            let thread = Thread { id, waits: None, since: now, run, needed, need: now };
-            if self.threads.len() < THREADS {
-                self.threads.push(thread);
-                return Some(self.threads.len() - 1);
-            }
-            let runs = self.threads.iter().enumerate().filter(|(_, thread)| thread.waits.is_none());
-            let (oldest, _) = runs.min_by_key(|(_, thread)| thread.since)?;
-            self.threads[oldest] = thread;
-            Some(oldest)
-        });
-        self.threads.get_mut(at?)
-    }
-
     /// `page` came: who stands still for it goes on, and it is held.
     pub(super) fn begin(&mut self, page: u32, now: Instant) -> Hold {
         let unit = self.unit();
@@ -167,8 +155,7 @@ impl Holds {
             let run = unit * RUN * thread.needed.len().max(1) as u32;
             (thread.waits, thread.since, thread.run) = (None, now, run);
             hold.thread = Some(thread.id);
-            // The others that it needs stay as long.
-            self.queue.extend(thread.needed.iter().map(|other| Reverse((now + run, *other))));
+            self.queue.extend(thread.parked.drain(..).map(|other| Reverse((now + run, other))));
         }
         self.queue.push(Reverse((hold.least, page)));
         hold
@@ -184,6 +171,7 @@ impl Holds {
     /// When `page`'s hold is over, as things are; `None`: not before another member wants it or its thread goes on.
     pub(super) fn end(&self, page: u32, hold: &Hold) -> Option<End> {
         let thread = hold.thread.and_then(|id| self.threads.iter().find(|thread| thread.id == id));
+        let thread = thread.filter(|thread| thread.needed.contains(&page));
         let used = |at| Some(End { at, unused: false });
         let unused = |at| Some(End { at, unused: true });
         match (thread, hold.rival) {
@@ -192,7 +180,7 @@ impl Holds {
                 Rival { since, .. } if since < *need => unused(hold.least),
                 Rival { patience, .. } => unused(hold.least.max(patience)),
             },
-            // Nobody needed it, or whoever did needs it anew, to write to it.
+            // Nobody needs it, or who does needs it anew, to write to it.
             _ => used(hold.least),
         }
     }
@@ -201,6 +189,10 @@ impl Holds {
     pub(super) fn look_again(&mut self, page: u32, hold: &Hold) {
         if let Some(end) = self.end(page, hold) {
             self.queue.push(Reverse((end.at, page)));
+        } else if let Some(thread) = self.threads.iter_mut().find(|thread| Some(thread.id) == hold.thread)
+            && !thread.parked.contains(&page)
+        {
+            thread.parked.push(page);
         }
     }
 
@@ -222,6 +214,23 @@ impl Holds {
     pub(super) fn next(&self) -> Option<Instant> {
         self.queue.peek().map(|Reverse((at, _))| *at)
     }
+}
+
+/// Finds a thread, or makes it known in place of the one that went on longest ago.
+fn known(threads: &mut Vec<Thread>, id: u32, now: Instant) -> Option<&mut Thread> {
+    let at = threads.iter().position(|thread| thread.id == id).or_else(|| {
+        let (needed, parked) = (SmallVec::new(), SmallVec::new());
+        let thread = Thread { id, waits: None, since: now, run: Duration::ZERO, needed, need: now, parked };
+        if threads.len() < THREADS {
+            threads.push(thread);
+            return Some(threads.len() - 1);
+        }
+        let runs = threads.iter().enumerate().filter(|(_, thread)| thread.waits.is_none());
+        let (oldest, _) = runs.min_by_key(|(_, thread)| thread.since)?;
+        threads[oldest] = thread;
+        Some(oldest)
+    });
+    threads.get_mut(at?)
 }
 
 #[cfg(test)]
@@ -324,7 +333,9 @@ mod tests {
         let mut first = holds.begin(1, now);
         holds.waits(ME, 2, now + LEAST);
         let due = |holds: &mut Holds, until| std::iter::from_fn(|| holds.due(until)).collect::<Vec<_>>();
-        assert!(due(&mut holds, now + LEAST * RUN).contains(&1));
+        assert_eq!(due(&mut holds, now + LEAST * RUN), [1]);
+        assert_eq!(holds.next(), None);
+        holds.look_again(1, &first);
         assert_eq!(holds.next(), None, "nobody wants it");
         holds.wanted(1, &mut first, now + LEAST, now + LEAST * 3);
         let patience = holds.next().expect("somebody wants it");
@@ -333,6 +344,21 @@ mod tests {
         let end = holds.end(1, &first).expect("its thread runs");
         assert!(!end.unused && end.at < patience);
         assert!(due(&mut holds, end.at).contains(&1));
+    }
+
+    #[test]
+    fn who_goes_from_page_to_page_holds_the_last_ones_only() {
+        let (mut holds, now) = holds();
+        let held = Vec::from_iter((0..TOGETHER as u32 + 3).map(|page| {
+            holds.waits(ME, page, now);
+            holds.begin(page, now)
+        }));
+        let longest = used(now + LEAST * RUN * TOGETHER as u32);
+        for (page, hold) in (0..).zip(&held) {
+            assert_eq!(holds.end(page, hold), if page < 3 { used(now + LEAST) } else { longest }, "{page}");
+        }
+        let looks = std::iter::from_fn(|| holds.due(now + Duration::from_secs(1))).count();
+        assert!(looks <= held.len() + 3, "{looks} looks at {} pages", held.len());
     }
 
     #[test]
