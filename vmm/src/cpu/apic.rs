@@ -265,7 +265,10 @@ impl<P: Core> Processor for ApicCpu<P> {
             }
             match exit {
                 VmExit::Interrupted => {}
-                VmExit::Halted => self.halted = true,
+                VmExit::Halted => {
+                    self.halted = true;
+                    self.fabric.halted();
+                }
                 VmExit::PortRead { .. }
                 | VmExit::PortWrite { .. }
                 | VmExit::MmioRead { .. }

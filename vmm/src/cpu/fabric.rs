@@ -23,6 +23,8 @@ pub trait Fabric: Send + Sync {
     /// The vCPU takes an external interrupt: the PIC's vector. `None` where there is no PIC, on members other than the
     /// console node: the bootstrap processor, which is there, is the only one that its output is wired to.
     fn acknowledge(&self) -> Option<u8>;
+    /// The vCPU whose thread calls is halted: it needs no memory until something wakes it.
+    fn halted(&self) {}
 }
 
 /// A way to the local APICs of another member.

@@ -267,7 +267,8 @@ impl Spanning {
 
     /// What the local APICs here reach others by.
     pub(super) fn fabric(&self, board: &Arc<Board>) -> Arc<dyn Fabric> {
-        Arc::new(Border { board: Arc::clone(board), share: Arc::clone(&self.share) })
+        let (board, share, ear) = (Arc::clone(board), Arc::clone(&self.share), self.engine.ear());
+        Arc::new(Border { board, share, ear })
     }
 
     /// The vCPU `index`, if it is elsewhere.
@@ -457,6 +458,7 @@ impl Console for Desk {
 struct Border {
     board: Arc<Board>,
     share: Arc<Share>,
+    ear: Ear,
 }
 
 impl Fabric for Border {
@@ -479,6 +481,10 @@ impl Fabric for Border {
 
     fn acknowledge(&self) -> Option<u8> {
         self.board.acknowledge()
+    }
+
+    fn halted(&self) {
+        self.ear.rests();
     }
 }
 

@@ -320,7 +320,8 @@ impl Running {
         install_kick_handler()?;
         let switch = Arc::new(Switch::default());
         let clock = Arc::new(Clock::saying(Nanos(0)));
-        let fabric = Arc::new(Outward { switch: Arc::clone(&switch), sender: sender.clone() });
+        let ear = engine.ear();
+        let fabric = Arc::new(Outward { switch: Arc::clone(&switch), sender: sender.clone(), ear });
         let elsewhere = Arc::clone(&fabric) as Arc<dyn Elsewhere>;
         let mut made = Vec::new();
         for number in 0..create.cpus {
@@ -556,6 +557,7 @@ fn restore(cpu: &mut ApicCpu<kvm::Vcpu>, state: &[u8]) -> Result<(), String> {
 struct Outward {
     switch: Arc<Switch>,
     sender: Sender,
+    ear: coherence::Ear,
 }
 
 impl Fabric for Outward {
@@ -578,6 +580,10 @@ impl Fabric for Outward {
 
     fn acknowledge(&self) -> Option<u8> {
         None
+    }
+
+    fn halted(&self) {
+        self.ear.rests();
     }
 }
 

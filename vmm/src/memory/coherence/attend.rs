@@ -132,7 +132,11 @@ impl Attendant {
                 self.inner.silence(self.shard, true);
                 self.expired = true;
             }
-            _ => self.inner.silence(self.shard, false),
+            _ => {
+                self.inner.silence(self.shard, false);
+                // Somebody rests, whose holds may be over.
+                self.expired = true;
+            }
         }
         if !completion.more() {
             completion.count()?;

@@ -269,6 +269,11 @@ impl Ear {
         self.inner.hear(from, body, content, self.riding);
     }
 
+    /// The thread that calls, which touches RAM, needs nothing of it for now: what it holds may go.
+    pub fn rests(&self) {
+        self.inner.rests(nix::unistd::gettid().as_raw() as u32);
+    }
+
     /// `from` is gone for good, or something else has happened after which memory cannot be trusted: the guest has to stop.
     pub fn lost(&self, why: &str) {
         self.inner.stop(why);
@@ -409,6 +414,15 @@ impl Inner {
             shard.resume().unwrap_or_else(|why| worker::fail(&why.to_string()));
         }
         self.ring();
+    }
+
+    fn rests(&self, thread: u32) {
+        for (shard, bell) in self.shards.iter().zip(&self.bells) {
+            if shard.rests(thread) {
+                // The shard's thread works it off: this one may be confined to less.
+                let _ = bell.write(1);
+            }
+        }
     }
 
     fn close(&self) {

@@ -3,7 +3,7 @@
 //! A vCPU needs several pages at once for one instruction: code, stack, data, and on some processors its page tables to
 //! write to. If each went before the last one came, and the other member's vCPU needs the same ones, neither would ever
 //! run. So a page is held until the *thread* that needed it has run for a while without standing still: the longer, the
-//! more pages it had to get before it ran, so that it does not pay more for pages than it has of them. Times are counted in
+//! more pages it had to get before it ran. Times are counted in
 //! *units*, which follow what it takes to get a page that nobody holds. How long one took that somebody held tells nothing:
 //! if that counted, each member's holds would lengthen the other's without end.
 //!
@@ -23,8 +23,8 @@ const LEAST: Duration = Duration::from_micros(50);
 /// The greatest, whatever the network.
 const MOST: Duration = Duration::from_millis(32);
 
-/// A thread runs for so many units for each page that it had to get before.
-const RUN: u32 = 2;
+/// For so many pages that it had to get before a thread runs for one unit.
+const PAGES: usize = 2;
 
 /// How long one of two who both take themselves for the older one waits for the other, in units.
 const PATIENCE: u32 = 32;
@@ -134,6 +134,16 @@ impl Holds {
         thread.waits = Some(page);
     }
 
+    /// The thread `id` needs nothing for now; `true`: it held something.
+    pub(super) fn rests(&mut self, id: u32, now: Instant) -> bool {
+        let Some(thread) = self.threads.iter_mut().find(|thread| thread.id == id) else { return false };
+        let held = !thread.needed.is_empty();
+        let pages = thread.needed.drain(..).chain(thread.parked.drain(..));
+        self.queue.extend(pages.map(|page| Reverse((now, page))));
+        (thread.waits, thread.run) = (None, Duration::ZERO);
+        held
+    }
+
     /// For how long those who stand still for `page` have been in need.
     pub(super) fn need(&self, page: u32, now: Instant) -> Duration {
         let waiting = self.threads.iter().filter(|thread| thread.waits == Some(page));
@@ -152,7 +162,7 @@ impl Holds {
         let unit = self.unit();
         let mut hold = Hold { thread: None, least: now + unit, rival: None };
         for thread in self.threads.iter_mut().filter(|thread| thread.waits == Some(page)) {
-            let run = unit * RUN * thread.needed.len().max(1) as u32;
+            let run = unit * thread.needed.len().div_ceil(PAGES).max(1) as u32;
             (thread.waits, thread.since, thread.run) = (None, now, run);
             hold.thread = Some(thread.id);
             self.queue.extend(thread.parked.drain(..).map(|other| Reverse((now + run, other))));
@@ -264,11 +274,11 @@ mod tests {
             assert!(held.iter().all(|(page, hold)| holds.end(*page, hold).is_none()), "it has not run yet");
             held.push((page, holds.begin(page, now)));
         }
-        assert!(held.iter().all(|(page, hold)| holds.end(*page, hold) == used(now + LEAST * RUN * 5)));
+        assert!(held.iter().all(|(page, hold)| holds.end(*page, hold) == used(now + LEAST * 3)));
         now += Duration::from_secs(1);
         holds.waits(ME, 9, now);
         let hold = holds.begin(9, now);
-        assert_eq!(holds.end(9, &hold), used(now + LEAST * RUN), "it had run: now it needs something else");
+        assert_eq!(holds.end(9, &hold), used(now + LEAST), "it had run: now it needs something else");
     }
 
     #[test]
@@ -278,8 +288,8 @@ mod tests {
             holds.waits(ME, 3, now);
             now += LEAST * 100;
             let hold = holds.begin(3, now);
-            assert_eq!(holds.end(3, &hold), used(now + LEAST * RUN));
-            now += LEAST * RUN;
+            assert_eq!(holds.end(3, &hold), used(now + LEAST));
+            now += LEAST;
         }
     }
 
@@ -288,7 +298,7 @@ mod tests {
         let (mut holds, now) = holds();
         holds.waits(ME, 1, now);
         let mut hold = holds.begin(1, now + LEAST * 3);
-        holds.waits(ME, 2, now + LEAST * 4);
+        holds.waits(ME, 2, now + LEAST * 3);
         let asked = now + LEAST * 8;
         assert_eq!((holds.need(2, asked), holds.need(1, asked)), (LEAST * 8, Duration::ZERO));
         holds.wanted(1, &mut hold, now - LEAST, asked);
@@ -301,7 +311,7 @@ mod tests {
             "{patience:?}"
         );
         holds.begin(2, asked);
-        assert_eq!(holds.end(1, &hold), used(asked + LEAST * RUN * 2), "it runs now");
+        assert_eq!(holds.end(1, &hold), used(asked + LEAST), "it runs now");
     }
 
     #[test]
@@ -331,9 +341,9 @@ mod tests {
         let (mut holds, now) = holds();
         holds.waits(ME, 1, now);
         let mut first = holds.begin(1, now);
-        holds.waits(ME, 2, now + LEAST);
+        holds.waits(ME, 2, now);
         let due = |holds: &mut Holds, until| std::iter::from_fn(|| holds.due(until)).collect::<Vec<_>>();
-        assert_eq!(due(&mut holds, now + LEAST * RUN), [1]);
+        assert_eq!(due(&mut holds, now + LEAST), [1]);
         assert_eq!(holds.next(), None);
         holds.look_again(1, &first);
         assert_eq!(holds.next(), None, "nobody wants it");
@@ -353,12 +363,25 @@ mod tests {
             holds.waits(ME, page, now);
             holds.begin(page, now)
         }));
-        let longest = used(now + LEAST * RUN * TOGETHER as u32);
+        let longest = used(now + LEAST * (TOGETHER / PAGES) as u32);
         for (page, hold) in (0..).zip(&held) {
             assert_eq!(holds.end(page, hold), if page < 3 { used(now + LEAST) } else { longest }, "{page}");
         }
         let looks = std::iter::from_fn(|| holds.due(now + Duration::from_secs(1))).count();
         assert!(looks <= held.len() + 3, "{looks} looks at {} pages", held.len());
+    }
+
+    #[test]
+    fn who_rests_holds_nothing_for_longer_than_a_unit() {
+        let (mut holds, now) = holds();
+        let mut held = Vec::new();
+        for page in 0..8 {
+            holds.waits(ME, page, now);
+            held.push(holds.begin(page, now));
+        }
+        assert!(holds.rests(ME, now) && !holds.rests(ME, now) && !holds.rests(5, now));
+        assert!((0..).zip(&held).all(|(page, hold)| holds.end(page, hold) == used(now + LEAST)));
+        assert_eq!(std::iter::from_fn(|| holds.due(now)).count(), held.len(), "all are looked at at once");
     }
 
     #[test]

@@ -151,7 +151,13 @@ impl Shard {
         self.work(|work| faults.iter().try_for_each(|fault| work.fault(fault)))
     }
 
-    /// The timer has expired.
+    /// The thread needs nothing for now; `true`: somebody may wait for what it held.
+    pub(super) fn rests(&self, thread: u32) -> bool {
+        let state = &mut *self.lock();
+        state.holds.rests(thread, Instant::now()) && state.deferred > 0
+    }
+
+    /// The timer has expired, or the bell was heard.
     pub(super) fn expired(&self) -> Result<Mail, Failure> {
         self.work(|work| {
             work.state.set = None;
