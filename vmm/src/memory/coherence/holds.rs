@@ -23,8 +23,8 @@ const LEAST: Duration = Duration::from_micros(50);
 /// The greatest, whatever the network.
 const MOST: Duration = Duration::from_millis(32);
 
-/// For so many pages that it had to get before a thread runs for one unit.
-const PAGES: usize = 2;
+/// A thread runs for so many units for each page that it had to get before.
+const RUN: u32 = 2;
 
 /// How long one of two who both take themselves for the older one waits for the other, in units.
 const PATIENCE: u32 = 32;
@@ -162,7 +162,7 @@ impl Holds {
         let unit = self.unit();
         let mut hold = Hold { thread: None, least: now + unit, rival: None };
         for thread in self.threads.iter_mut().filter(|thread| thread.waits == Some(page)) {
-            let run = unit * thread.needed.len().div_ceil(PAGES).max(1) as u32;
+            let run = unit * RUN * thread.needed.len().max(1) as u32;
             (thread.waits, thread.since, thread.run) = (None, now, run);
             hold.thread = Some(thread.id);
             self.queue.extend(thread.parked.drain(..).map(|other| Reverse((now + run, other))));
@@ -274,11 +274,11 @@ mod tests {
             assert!(held.iter().all(|(page, hold)| holds.end(*page, hold).is_none()), "it has not run yet");
             held.push((page, holds.begin(page, now)));
         }
-        assert!(held.iter().all(|(page, hold)| holds.end(*page, hold) == used(now + LEAST * 3)));
+        assert!(held.iter().all(|(page, hold)| holds.end(*page, hold) == used(now + LEAST * RUN * 5)));
         now += Duration::from_secs(1);
         holds.waits(ME, 9, now);
         let hold = holds.begin(9, now);
-        assert_eq!(holds.end(9, &hold), used(now + LEAST), "it had run: now it needs something else");
+        assert_eq!(holds.end(9, &hold), used(now + LEAST * RUN), "it had run: now it needs something else");
     }
 
     #[test]
@@ -288,8 +288,8 @@ mod tests {
             holds.waits(ME, 3, now);
             now += LEAST * 100;
             let hold = holds.begin(3, now);
-            assert_eq!(holds.end(3, &hold), used(now + LEAST));
-            now += LEAST;
+            assert_eq!(holds.end(3, &hold), used(now + LEAST * RUN));
+            now += LEAST * RUN;
         }
     }
 
@@ -311,7 +311,7 @@ mod tests {
             "{patience:?}"
         );
         holds.begin(2, asked);
-        assert_eq!(holds.end(1, &hold), used(asked + LEAST), "it runs now");
+        assert_eq!(holds.end(1, &hold), used(asked + LEAST * RUN * 2), "it runs now");
     }
 
     #[test]
@@ -363,7 +363,7 @@ mod tests {
             holds.waits(ME, page, now);
             holds.begin(page, now)
         }));
-        let longest = used(now + LEAST * (TOGETHER / PAGES) as u32);
+        let longest = used(now + LEAST * RUN * TOGETHER as u32);
         for (page, hold) in (0..).zip(&held) {
             assert_eq!(holds.end(page, hold), if page < 3 { used(now + LEAST) } else { longest }, "{page}");
         }
