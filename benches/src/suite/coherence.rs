@@ -28,15 +28,17 @@ pub const SUITE: Suite = Suite {
         spec("coherence.read_miss_p99", "us", PLAIN, AtMost(1.3)),
         spec("coherence.upgrade", "us", "a bare round trip and a write-protect fault", AtMost(2.2)),
         spec("coherence.three_sharers", "us", "an upgrade with one sharer", AtMost(1.3)),
+        spec("coherence.messages", "us", "four bare round trips: each way a write and a read", AtMost(3.0)),
         spec("coherence.uncontended", "1/s", "native memory", AtLeast(0.95)),
     ],
     run,
 };
 
 /// What is measured together, and which figures come of it.
-const PARTS: [(Part, &[&str]); 3] = [
+const PARTS: [(Part, &[&str]); 4] = [
     (misses, &["coherence.read_miss_p50", "coherence.read_miss_p99"]),
     (upgrades, &["coherence.upgrade", "coherence.three_sharers"]),
+    (messages, &["coherence.messages"]),
     (uncontended, &["coherence.uncontended"]),
 ];
 
@@ -121,6 +123,59 @@ fn upgrades(bench: &Bench, readings: &mut Readings) -> Result<()> {
     readings.add(Reading::beside("coherence.upgrade", median(&one), trip + fault).note(note));
     let note = "all four members and the three lines of the writer are on this machine";
     readings.add(Reading::beside("coherence.three_sharers", median(&three), median(&one)).note(note));
+    Ok(())
+}
+
+/// Reads the page's word until it is `done`.
+fn poll(region: &Region, page: u64, done: impl Fn(u64) -> bool) -> u64 {
+    loop {
+        let word = region.read(page);
+        if done(word) {
+            return word;
+        }
+        std::hint::spin_loop();
+    }
+}
+
+/// How long a word takes to the other member and back, through a page for each way that the other one polls.
+fn messages(bench: &Bench, readings: &mut Readings) -> Result<()> {
+    const LAST: u64 = u64::MAX;
+    let (there, back) = (PART, PART + 1);
+    let mesh = Mesh::new(2)?;
+    let mut pings = PingPong::new(16, 16)?;
+    let (mut ours, mut trips) = (vec![], vec![]);
+    mesh.region(0).write(there, 0);
+    mesh.region(1).write(back, 0);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut seen = 0;
+            while seen != LAST {
+                seen = poll(mesh.region(1), there, |word| word != seen);
+                mesh.region(1).write(back, seen);
+            }
+        });
+        let mut number = 0;
+        for round in 0..bench.rounds() {
+            bench.progress(&format!("coherence: messages, round {}", round + 1));
+            let (start, mut times) = (Instant::now(), Vec::new());
+            while start.elapsed() < bench.slice() * 2 {
+                number += 1;
+                let before = Instant::now();
+                mesh.region(0).write(there, number);
+                poll(mesh.region(0), back, |word| word == number);
+                times.push(micros(before.elapsed()));
+            }
+            ours.push(median(&times));
+        }
+        mesh.region(0).write(there, LAST);
+    });
+    for _ in 0..bench.rounds() {
+        trips.push(median(&pings.run(bench.slice())?));
+    }
+    mesh.check()?;
+    let counters = mesh.counters(0);
+    let note = format!("{} pages came, {} were given up unused", counters.fetched, counters.unused);
+    readings.add(Reading::beside("coherence.messages", median(&ours), 4.0 * median(&trips)).note(note));
     Ok(())
 }
 

@@ -2,8 +2,8 @@
 //!
 //! A vCPU needs several pages at once for one instruction: code, stack, data, and on some processors its page tables to
 //! write to. If each went before the last one came, and the other member's vCPU needs the same ones, neither would ever
-//! run. So a page is held until the *thread* that needed it has run for a while without standing still: the longer, the
-//! more pages it had to get before it ran. Times are counted in
+//! run. So a page is held until the *thread* that needed it has run for a while, in all: the longer, the more pages it had to
+//! get. Times are counted in
 //! *units*, which follow what it takes to get a page that nobody holds. How long one took that somebody held tells nothing:
 //! if that counted, each member's holds would lengthen the other's without end.
 //!
@@ -70,9 +70,11 @@ struct Thread {
     waits: Option<u32>,
     /// When it last could go on.
     since: Instant,
-    /// So long it is to run then.
+    /// So long it is to run in all,
     run: Duration,
-    /// What it needed since it last ran for so long,
+    /// and so long it ran before it last stood still.
+    ran: Duration,
+    /// What it needed since it had run for so long,
     needed: SmallVec<[u32; TOGETHER]>,
     /// and since when.
     need: Instant,
@@ -121,9 +123,12 @@ impl Holds {
     pub(super) fn waits(&mut self, id: u32, page: u32, now: Instant) {
         let Self { queue, threads, .. } = self;
         let Some(thread) = known(threads, id, now) else { return };
-        if thread.waits.is_none() && now.saturating_duration_since(thread.since) >= thread.run {
+        if thread.waits.is_none() {
+            thread.ran += now.saturating_duration_since(thread.since);
+        }
+        if thread.ran >= thread.run {
             thread.needed.clear();
-            thread.need = now;
+            (thread.need, thread.ran) = (now, Duration::ZERO);
         }
         if !thread.needed.contains(&page) {
             if thread.needed.len() == TOGETHER {
@@ -140,7 +145,7 @@ impl Holds {
         let held = !thread.needed.is_empty();
         let pages = thread.needed.drain(..).chain(thread.parked.drain(..));
         self.queue.extend(pages.map(|page| Reverse((now, page))));
-        (thread.waits, thread.run) = (None, Duration::ZERO);
+        (thread.waits, thread.run, thread.ran) = (None, Duration::ZERO, Duration::ZERO);
         held
     }
 
@@ -165,7 +170,8 @@ impl Holds {
             let run = unit * RUN * thread.needed.len().max(1) as u32;
             (thread.waits, thread.since, thread.run) = (None, now, run);
             hold.thread = Some(thread.id);
-            self.queue.extend(thread.parked.drain(..).map(|other| Reverse((now + run, other))));
+            let end = now + run.saturating_sub(thread.ran);
+            self.queue.extend(thread.parked.drain(..).map(|other| Reverse((end, other))));
         }
         self.queue.push(Reverse((hold.least, page)));
         hold
@@ -185,7 +191,9 @@ impl Holds {
         let used = |at| Some(End { at, unused: false });
         let unused = |at| Some(End { at, unused: true });
         match (thread, hold.rival) {
-            (Some(Thread { waits: None, since, run, .. }), _) => used(hold.least.max(*since + *run)),
+            (Some(Thread { waits: None, since, run, ran, .. }), _) => {
+                used(hold.least.max(*since + run.saturating_sub(*ran)))
+            }
             (Some(Thread { waits: Some(other), need, .. }), rival) if *other != page => match rival? {
                 Rival { since, .. } if since < *need => unused(hold.least),
                 Rival { patience, .. } => unused(hold.least.max(patience)),
@@ -230,7 +238,8 @@ impl Holds {
 fn known(threads: &mut Vec<Thread>, id: u32, now: Instant) -> Option<&mut Thread> {
     let at = threads.iter().position(|thread| thread.id == id).or_else(|| {
         let (needed, parked) = (SmallVec::new(), SmallVec::new());
-        let thread = Thread { id, waits: None, since: now, run: Duration::ZERO, needed, need: now, parked };
+        let (run, ran) = (Duration::ZERO, Duration::ZERO);
+        let thread = Thread { id, waits: None, since: now, run, ran, needed, need: now, parked };
         if threads.len() < THREADS {
             threads.push(thread);
             return Some(threads.len() - 1);
@@ -354,6 +363,21 @@ mod tests {
         let end = holds.end(1, &first).expect("its thread runs");
         assert!(!end.unused && end.at < patience);
         assert!(due(&mut holds, end.at).contains(&1));
+    }
+
+    #[test]
+    fn who_needs_page_after_page_is_in_need_for_no_longer_than_until_it_has_run_for_its_time() {
+        let (mut holds, mut now) = holds();
+        let mut longest = Duration::ZERO;
+        for page in 0..1000 {
+            holds.waits(ME, page % 100, now);
+            longest = longest.max(holds.need(page % 100, now));
+            now += LEAST * 3;
+            holds.begin(page % 100, now);
+            now += LEAST;
+        }
+        let time = LEAST * RUN * TOGETHER as u32;
+        assert!(longest >= time && longest <= time * 5, "{longest:?}");
     }
 
     #[test]

@@ -57,7 +57,7 @@ pub enum What {
 pub struct Need(u8);
 
 impl Need {
-    /// So long, or a little less. The longest is days.
+    /// So long, or a little less. The longest is hours.
     #[must_use]
     pub fn of(time: Duration) -> Self {
         let micros = u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
