@@ -40,6 +40,8 @@ numbers! {
     upgrades,
     /// Faults on pages that were on their way already, or had come meanwhile.
     late_faults,
+    /// Pages that were asked for before anybody stood still for them, because they had been needed together with another.
+    ahead,
     /// Pages of zeros, which nobody had touched before.
     zeroed,
     /// Pages that came from other members.

@@ -9,14 +9,20 @@
 //!
 //! Two members may each hold what the other one needs. Then the one that has been in need for longer keeps what it has
 //! until it has run, and the other gives its page up unused ("wound-wait": Rosenkrantz, Stearns, Lewis, 1978). So whoever has
-//! been in need for longest runs next, whatever the others do. Where two take themselves for the older one, which is possible
-//! because times come by messages, the one whose patience ends first gives way: half of that is left to chance.
+//! been in need for longest runs next, whatever the others do. All members agree on who that is, because needs are numbered
+//! ([`Need`]). But a page is asked for once, for the first of a member's threads that needs it; if another one of them has
+//! been in need for longer, nobody is told. Then patience ends, half of which is left to chance.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use smallvec::SmallVec;
+
+use super::ahead::{self, Companions, Streams};
+use super::message::{Member, Right};
+use super::wire::Need;
 
 /// The least unit: about what a thread needs to be woken and to touch a page.
 const LEAST: Duration = Duration::from_micros(50);
@@ -26,11 +32,14 @@ const MOST: Duration = Duration::from_millis(32);
 /// A thread runs for so many units for each page that it had to get before.
 const RUN: u32 = 2;
 
-/// How long one of two who both take themselves for the older one waits for the other, in units.
+/// How long somebody waits at least for a thread that has been in need for longer, in units.
 const PATIENCE: u32 = 32;
 
+/// So many pages that come along with one that a thread stands still for cost about as much as that one.
+const ALONG: u32 = 8;
+
 /// So many pages at most, the last ones, count as what a thread needs at once. Others are held for one unit.
-const TOGETHER: usize = 16;
+const TOGETHER: usize = 64;
 
 /// So many threads are known: those that stood still last.
 const THREADS: usize = 64;
@@ -49,8 +58,8 @@ pub(super) struct Hold {
 /// Who waits for a page that is held.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Rival {
-    /// Since when it has been in need.
-    since: Instant,
+    /// Since when it has been in need, and who it is.
+    since: (Need, Member),
     /// Then its patience is over.
     patience: Instant,
 }
@@ -63,6 +72,17 @@ pub(super) struct End {
     pub(super) unused: bool,
 }
 
+/// What a thread wants that stands still.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Wish {
+    /// With this right.
+    pub(super) right: Right,
+    /// Other pages may come [along](Holds::along).
+    pub(super) known: bool,
+    /// Pages that it comes to soon; there may not be as many.
+    pub(super) stream: Range<u32>,
+}
+
 /// One that touches RAM, and had to stand still.
 struct Thread {
     id: u32,
@@ -72,14 +92,43 @@ struct Thread {
     since: Instant,
     /// So long it is to run in all,
     run: Duration,
-    /// and so long it ran before it last stood still.
+    /// but so long now in any case: that is to be worth what it took to get the last page.
+    piece: Duration,
+    /// So long it ran before it last stood still.
     ran: Duration,
     /// What it needed since it had run for so long,
     needed: SmallVec<[u32; TOGETHER]>,
-    /// and since when.
-    need: Instant,
+    /// since when,
+    need: Need,
+    /// and how often it stood still for it.
+    stood: u32,
+    companions: Companions,
+    streams: Streams,
     /// Pages whose holds are to be looked at when it goes on.
     parked: SmallVec<[u32; TOGETHER]>,
+}
+
+impl Thread {
+    /// Whether it needs `page`, or needed it lately: then it uses it when it runs, as long as it is here.
+    fn uses(&self, page: u32) -> bool {
+        self.needed.contains(&page) || self.companions.has(page)
+    }
+
+    /// When it will have run for as long as it is to, if nothing stops it.
+    fn end(&self) -> Instant {
+        self.since + self.run.saturating_sub(self.ran).max(self.piece)
+    }
+
+    /// It needs `page` too. Holds for pages that it does not need any more are to be looked at.
+    fn needs(&mut self, page: u32, queue: &mut BinaryHeap<Reverse<(Instant, u32)>>, now: Instant) {
+        if self.needed.contains(&page) {
+            return;
+        }
+        if self.needed.len() == TOGETHER {
+            queue.push(Reverse((now, self.needed.remove(0))));
+        }
+        self.needed.push(page);
+    }
 }
 
 /// The holds of a shard's pages, which are numbered.
@@ -91,21 +140,32 @@ pub(super) struct Holds {
     pace: Option<Duration>,
     /// Of chance.
     seed: u64,
+    me: Member,
+    /// The latest need that this member has heard of.
+    latest: Need,
 }
 
 impl Holds {
-    pub(super) fn new() -> Self {
+    pub(super) fn new(me: Member) -> Self {
         let mut seed = [1; 8];
         // Without randomness chance is the same at each start, which does no harm.
         let _ = getrandom::fill(&mut seed);
         let seed = u64::from_le_bytes(seed) | 1;
-        Self { queue: BinaryHeap::new(), threads: Vec::new(), pace: None, seed }
+        let (queue, threads) = (BinaryHeap::new(), Vec::new());
+        Self { queue, threads, pace: None, seed, me, latest: Need::default() }
     }
 
     /// Forgets all of them.
     pub(super) fn clear(&mut self) {
         self.queue.clear();
         self.threads.clear();
+    }
+
+    /// Another member's need, which came with a message.
+    pub(super) fn heard_of(&mut self, need: Need) {
+        if self.latest.before(need) {
+            self.latest = need;
+        }
     }
 
     fn unit(&self) -> Duration {
@@ -119,24 +179,55 @@ impl Holds {
         self.pace = Some(self.pace.map_or(time, |pace| (pace * 7 + time) / 8));
     }
 
-    /// The thread `id` stands still for `page`.
-    pub(super) fn waits(&mut self, id: u32, page: u32, now: Instant) {
-        let Self { queue, threads, .. } = self;
+    /// The thread `id` stands still for `page`, to use it with `right`; `here`: it may be read already; `asked`: it is on
+    /// its way.
+    pub(super) fn needs(
+        &mut self,
+        id: u32,
+        page: u32,
+        right: Right,
+        (here, asked): (bool, bool),
+        now: Instant,
+    ) -> Wish {
+        self.waits(id, page, now);
+        let thread = self.threads.iter_mut().find(|thread| thread.id == id);
+        thread.map_or(Wish { right, known: false, stream: 0..0 }, |thread| {
+            // What came along and not in time costs no more than what did.
+            thread.stood -= u32::from(asked && thread.stood > 1);
+            let (right, known) = thread.companions.needed(page, right, here);
+            Wish { right, known, stream: thread.streams.needed(page) }
+        })
+    }
+
+    fn waits(&mut self, id: u32, page: u32, now: Instant) {
+        let Self { queue, threads, latest, .. } = self;
         let Some(thread) = known(threads, id, now) else { return };
         if thread.waits.is_none() {
             thread.ran += now.saturating_duration_since(thread.since);
         }
         if thread.ran >= thread.run {
             thread.needed.clear();
-            (thread.need, thread.ran) = (now, Duration::ZERO);
+            *latest = latest.next();
+            (thread.need, thread.ran, thread.stood) = (*latest, Duration::ZERO, 0);
         }
-        if !thread.needed.contains(&page) {
-            if thread.needed.len() == TOGETHER {
-                queue.push(Reverse((now, thread.needed.remove(0))));
-            }
-            thread.needed.push(page);
-        }
+        thread.needs(page, queue, now);
+        thread.stood += 1;
         thread.waits = Some(page);
+    }
+
+    /// What may come along with `page`, for which the thread `id` stands still.
+    pub(super) fn along(&self, id: u32, page: u32) -> SmallVec<[(u32, Right); ahead::MOST]> {
+        let thread = self.threads.iter().find(|thread| thread.id == id);
+        thread.map(|thread| thread.companions.of(page)).unwrap_or_default()
+    }
+
+    /// `page` is asked for, to come along with the one for which the thread `id` stands still.
+    pub(super) fn comes(&mut self, id: u32, page: u32, now: Instant) {
+        let Self { queue, threads, .. } = self;
+        if let Some(thread) = threads.iter_mut().find(|thread| thread.id == id) {
+            thread.needs(page, queue, now);
+            thread.companions.comes(page);
+        }
     }
 
     /// The thread `id` needs nothing for now; `true`: it held something.
@@ -145,14 +236,17 @@ impl Holds {
         let held = !thread.needed.is_empty();
         let pages = thread.needed.drain(..).chain(thread.parked.drain(..));
         self.queue.extend(pages.map(|page| Reverse((now, page))));
-        (thread.waits, thread.run, thread.ran) = (None, Duration::ZERO, Duration::ZERO);
+        (thread.waits, thread.stood) = (None, 0);
+        (thread.run, thread.piece, thread.ran) = Default::default();
         held
     }
 
-    /// For how long those who stand still for `page` have been in need.
-    pub(super) fn need(&self, page: u32, now: Instant) -> Duration {
-        let waiting = self.threads.iter().filter(|thread| thread.waits == Some(page));
-        waiting.map(|thread| now.saturating_duration_since(thread.need)).max().unwrap_or_default()
+    /// Since when the first of those has been in need who stand still, and need `page`.
+    pub(super) fn need(&self, page: u32) -> Need {
+        let waiting =
+            self.threads.iter().filter(|thread| thread.waits.is_some() && thread.needed.contains(&page));
+        let first = waiting.map(|thread| thread.need).reduce(|a, b| if b.before(a) { b } else { a });
+        first.unwrap_or(self.latest)
     }
 
     /// The thread `id` stood still, but not for a page that has to be got.
@@ -162,23 +256,35 @@ impl Holds {
         }
     }
 
+    /// `page`, which is not held, is about to be ordered away: how it is held if somebody still uses it.
+    pub(super) fn again(&self, page: u32, now: Instant) -> Option<Hold> {
+        let uses = |thread: &&Thread| thread.uses(page) && (thread.waits.is_some() || now < thread.end());
+        let thread = Some(self.threads.iter().find(uses)?.id);
+        Some(Hold { thread, least: now, rival: None })
+    }
+
     /// `page` came: who stands still for it goes on, and it is held.
     pub(super) fn begin(&mut self, page: u32, now: Instant) -> Hold {
         let unit = self.unit();
         let mut hold = Hold { thread: None, least: now + unit, rival: None };
         for thread in self.threads.iter_mut().filter(|thread| thread.waits == Some(page)) {
-            let run = unit * RUN * thread.needed.len().max(1) as u32;
-            (thread.waits, thread.since, thread.run) = (None, now, run);
+            let along = (thread.needed.len() as u32).saturating_sub(thread.stood);
+            let run = unit * RUN * (thread.stood + along.div_ceil(ALONG)).clamp(1, TOGETHER as u32);
+            (thread.waits, thread.since, thread.run, thread.piece) = (None, now, run, unit * RUN);
             hold.thread = Some(thread.id);
-            let end = now + run.saturating_sub(thread.ran);
+            let end = thread.end();
             self.queue.extend(thread.parked.drain(..).map(|other| Reverse((end, other))));
+        }
+        if hold.thread.is_none() {
+            let uses = |thread: &&Thread| thread.uses(page);
+            hold.thread = self.threads.iter().find(uses).map(|thread| thread.id);
         }
         self.queue.push(Reverse((hold.least, page)));
         hold
     }
 
     /// Another member, in need since then, wants `page`, which is held.
-    pub(super) fn wanted(&mut self, page: u32, hold: &mut Hold, since: Instant, now: Instant) {
+    pub(super) fn wanted(&mut self, page: u32, hold: &mut Hold, since: (Need, Member), now: Instant) {
         let patience = self.unit() * PATIENCE;
         hold.rival = Some(Rival { since, patience: now + patience + patience.mul_f64(self.chance()) });
         self.look_again(page, hold);
@@ -187,15 +293,13 @@ impl Holds {
     /// When `page`'s hold is over, as things are; `None`: not before another member wants it or its thread goes on.
     pub(super) fn end(&self, page: u32, hold: &Hold) -> Option<End> {
         let thread = hold.thread.and_then(|id| self.threads.iter().find(|thread| thread.id == id));
-        let thread = thread.filter(|thread| thread.needed.contains(&page));
+        let thread = thread.filter(|thread| thread.uses(page));
         let used = |at| Some(End { at, unused: false });
         let unused = |at| Some(End { at, unused: true });
         match (thread, hold.rival) {
-            (Some(Thread { waits: None, since, run, ran, .. }), _) => {
-                used(hold.least.max(*since + run.saturating_sub(*ran)))
-            }
+            (Some(thread), _) if thread.waits.is_none() => used(hold.least.max(thread.end())),
             (Some(Thread { waits: Some(other), need, .. }), rival) if *other != page => match rival? {
-                Rival { since, .. } if since < *need => unused(hold.least),
+                Rival { since, .. } if earlier(since, (*need, self.me)) => unused(hold.least),
                 Rival { patience, .. } => unused(hold.least.max(patience)),
             },
             // Nobody needs it, or who does needs it anew, to write to it.
@@ -234,12 +338,20 @@ impl Holds {
     }
 }
 
+/// Whether the first one has been in need for longer.
+fn earlier((need, who): (Need, Member), (other, whom): (Need, Member)) -> bool {
+    need.before(other) || need == other && who.number() < whom.number()
+}
+
 /// Finds a thread, or makes it known in place of the one that went on longest ago.
 fn known(threads: &mut Vec<Thread>, id: u32, now: Instant) -> Option<&mut Thread> {
     let at = threads.iter().position(|thread| thread.id == id).or_else(|| {
         let (needed, parked) = (SmallVec::new(), SmallVec::new());
-        let (run, ran) = (Duration::ZERO, Duration::ZERO);
-        let thread = Thread { id, waits: None, since: now, run, ran, needed, need: now, parked };
+        let (run, piece, ran) = Default::default();
+        let (companions, streams) = (Companions::default(), Streams::default());
+        let (since, need, stood, waits) = (now, Need::default(), 0, None);
+        let thread =
+            Thread { id, waits, since, run, piece, ran, needed, need, stood, companions, streams, parked };
         if threads.len() < THREADS {
             threads.push(thread);
             return Some(threads.len() - 1);
@@ -258,9 +370,13 @@ mod tests {
 
     const ME: u32 = 77;
 
+    fn member(number: u8) -> Member {
+        Member::new(number).expect("small")
+    }
+
     /// Holds whose unit is the least one, and now.
     fn holds() -> (Holds, Instant) {
-        let mut holds = Holds::new();
+        let mut holds = Holds::new(member(1));
         holds.took(LEAST);
         (holds, Instant::now())
     }
@@ -305,20 +421,25 @@ mod tests {
     #[test]
     fn of_two_who_hold_what_the_other_needs_the_one_in_need_for_longer_keeps_it() {
         let (mut holds, now) = holds();
+        holds.heard_of(Need(6));
         holds.waits(ME, 1, now);
         let mut hold = holds.begin(1, now + LEAST * 3);
         holds.waits(ME, 2, now + LEAST * 3);
         let asked = now + LEAST * 8;
-        assert_eq!((holds.need(2, asked), holds.need(1, asked)), (LEAST * 8, Duration::ZERO));
-        holds.wanted(1, &mut hold, now - LEAST, asked);
-        assert_eq!(holds.end(1, &hold), unused(now + LEAST * 4), "to one who has been for longer");
-        holds.wanted(1, &mut hold, now + LEAST, asked);
-        let end = holds.end(1, &hold).expect("patience ends");
-        let patience = end.at - asked;
-        assert!(
-            end.unused && patience >= LEAST * PATIENCE && patience <= LEAST * PATIENCE * 2,
-            "{patience:?}"
-        );
+        assert_eq!((holds.need(2), holds.need(1)), (Need(7), Need(7)));
+        for earlier in [(Need(6), member(2)), (Need(7), member(0))] {
+            holds.wanted(1, &mut hold, earlier, asked);
+            assert_eq!(holds.end(1, &hold), unused(now + LEAST * 4), "to one who has been for longer");
+        }
+        for later in [(Need(7), member(2)), (Need(8), member(0))] {
+            holds.wanted(1, &mut hold, later, asked);
+            let end = holds.end(1, &hold).expect("patience ends");
+            let patience = end.at - asked;
+            assert!(
+                end.unused && patience >= LEAST * PATIENCE && patience <= LEAST * PATIENCE * 2,
+                "{patience:?}"
+            );
+        }
         holds.begin(2, asked);
         assert_eq!(holds.end(1, &hold), used(asked + LEAST * RUN * 2), "it runs now");
     }
@@ -329,7 +450,7 @@ mod tests {
         holds.waits(ME, 1, now);
         let mut hold = holds.begin(1, now);
         holds.waits(ME, 1, now + LEAST * 3);
-        holds.wanted(1, &mut hold, now, now + LEAST * 3);
+        holds.wanted(1, &mut hold, (Need(0), member(0)), now + LEAST * 3);
         assert_eq!(holds.end(1, &hold), used(now + LEAST), "it was to be read and is to be written to");
     }
 
@@ -356,7 +477,7 @@ mod tests {
         assert_eq!(holds.next(), None);
         holds.look_again(1, &first);
         assert_eq!(holds.next(), None, "nobody wants it");
-        holds.wanted(1, &mut first, now + LEAST, now + LEAST * 3);
+        holds.wanted(1, &mut first, (Need(100), member(0)), now + LEAST * 3);
         let patience = holds.next().expect("somebody wants it");
         assert_eq!(holds.end(1, &first), unused(patience));
         holds.begin(2, now + LEAST * 4);
@@ -368,10 +489,13 @@ mod tests {
     #[test]
     fn who_needs_page_after_page_is_in_need_for_no_longer_than_until_it_has_run_for_its_time() {
         let (mut holds, mut now) = holds();
-        let mut longest = Duration::ZERO;
+        let (mut longest, mut need, mut began) = (Duration::ZERO, Need::default(), now);
         for page in 0..1000 {
             holds.waits(ME, page % 100, now);
-            longest = longest.max(holds.need(page % 100, now));
+            if holds.need(page % 100) != need {
+                (need, began) = (holds.need(page % 100), now);
+            }
+            longest = longest.max(now - began);
             now += LEAST * 3;
             holds.begin(page % 100, now);
             now += LEAST;
@@ -406,6 +530,45 @@ mod tests {
         assert!(holds.rests(ME, now) && !holds.rests(ME, now) && !holds.rests(5, now));
         assert!((0..).zip(&held).all(|(page, hold)| holds.end(page, hold) == used(now + LEAST)));
         assert_eq!(std::iter::from_fn(|| holds.due(now)).count(), held.len(), "all are looked at at once");
+    }
+
+    #[test]
+    fn what_comes_along_is_held_for_the_thread_that_stands_still() {
+        let (mut holds, mut now) = holds();
+        for page in 0..5 {
+            let wish = holds.needs(ME, page, Right::Write, (false, false), now);
+            assert!(wish.right == Right::Write && !wish.known, "{wish:?}");
+            holds.begin(page, now);
+            now += Duration::from_millis(10);
+        }
+        assert!(holds.needs(ME, 2, Right::Write, (false, false), now).known);
+        let along = holds.along(ME, 2);
+        assert_eq!(along.len(), 4);
+        along.iter().for_each(|(page, _)| holds.comes(ME, *page, now));
+        assert_eq!(holds.need(4), holds.need(2), "it is asked for on behalf of who is in need");
+        let early = holds.begin(4, now);
+        assert_eq!(holds.end(4, &early), None, "who needs it stands still");
+        holds.begin(2, now + LEAST);
+        assert_eq!(holds.end(4, &early), used(now + LEAST + LEAST * RUN * 2), "four pages count as one more");
+    }
+
+    #[test]
+    fn what_a_thread_used_lately_is_held_again_while_it_runs_or_stands_still_for_another() {
+        let (mut holds, mut now) = holds();
+        for page in 0..3 {
+            holds.needs(ME, page, Right::Write, (false, false), now);
+            holds.begin(page, now);
+        }
+        assert!(holds.again(1, now).is_some() && holds.again(7, now).is_none());
+        now += LEAST * RUN * 3;
+        assert_eq!(holds.again(1, now), None, "it has run");
+        holds.needs(ME, 9, Right::Write, (false, false), now);
+        let hold = holds.again(1, now).expect("it stands still, and will use it");
+        assert_eq!(holds.end(1, &hold), None);
+        holds.begin(9, now);
+        assert_eq!(holds.end(1, &hold), used(now + LEAST * RUN));
+        holds.rests(ME, now);
+        assert_eq!(holds.again(1, now), None);
     }
 
     #[test]

@@ -77,6 +77,8 @@ pub enum Event {
     Fault(Right),
     /// A message came.
     Heard(ToMember),
+    /// An order is about to come, and somebody still uses the page.
+    Hold,
     /// It was here for as long as it may be held.
     HoldOver,
     /// Its memory is wanted for something else. Who keeps pages for others does not say so of one that it owns.
@@ -190,6 +192,7 @@ impl Page {
                 asked.gone = asked.gone.checked_add(1).ok_or(Violation("too many copies are gone"))?;
                 self.finish(&mut actions)?;
             }
+            Event::Hold => self.held |= self.copy != Copy::None,
             Event::HoldOver => {
                 self.held = false;
                 if let Some(order) = self.deferred.take() {

@@ -8,6 +8,7 @@
 //! It is a directory protocol of the kind that Censier and Feautrier described (IEEE Transactions on Computers C-27,
 //! 1978), with one transaction per page at a time and data that travels straight from holder to requester.
 
+mod ahead;
 mod attend;
 mod counters;
 mod engine;

@@ -94,6 +94,7 @@ enum Broken {
 enum Happening {
     Touch(u8, u8, Right),
     Evict(u8, u8),
+    Hold(u8, u8),
     HoldOver(u8, u8),
     Arrival(usize),
     Death(u8),
@@ -200,6 +201,13 @@ impl World {
         }
     }
 
+    /// Whether an order for it is on its way.
+    fn ordered(&self, to: Member, page: u8) -> bool {
+        self.network.iter().any(|Envelope(_, at, of, letter)| {
+            (*at, *of) == (to, page) && matches!(letter, Letter::Member(ToMember::Order(_), _))
+        })
+    }
+
     /// Nothing is on its way and nothing is held: what has not ended by now never will.
     fn still(&self) -> bool {
         let held = |node: &Node| node.frames.iter().any(|frame| frame.page.held());
@@ -249,6 +257,8 @@ impl Model for Guest {
                 }
                 if frame.page.held() {
                     actions.push(Happening::HoldOver(at, page));
+                } else if world.ordered(member(at), page) && frame.page.copy() != Copy::None {
+                    actions.push(Happening::Hold(at, page));
                 }
             }
             if self.deaths && world.nodes.iter().all(|node| !node.dead) {
@@ -279,6 +289,10 @@ impl Model for Guest {
             Happening::Evict(at, page) => {
                 world.nodes[usize::from(at)].evictions -= 1;
                 world.happen(self, member(at), page, Event::Evict, None);
+                member(at)
+            }
+            Happening::Hold(at, page) => {
+                world.happen(self, member(at), page, Event::Hold, None);
                 member(at)
             }
             Happening::HoldOver(at, page) => {

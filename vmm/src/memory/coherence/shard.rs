@@ -65,7 +65,7 @@ struct State {
     table: Table,
     holds: Holds,
     /// Since when members that ask for pages at home here have been in need.
-    needs: HashMap<(u32, Member), Instant>,
+    needs: HashMap<(u32, Member), Need>,
     age: Age,
     tally: Tally,
     /// So many orders wait for the end of a hold.
@@ -86,7 +86,7 @@ impl Shard {
         let table = Table::new(shards.pages(number), shards.pieces().each() as usize);
         let state = State {
             table,
-            holds: Holds::new(),
+            holds: Holds::new(me),
             needs: HashMap::new(),
             age: Age::default(),
             tally: Tally::default(),
@@ -181,11 +181,11 @@ impl Shard {
                 return Err(Violation("a message from the future").into());
             }
             let place = place as u32;
+            work.state.holds.heard_of(letter.need);
             match letter.what {
                 What::Home(_, message) => work.at_home(place, from, message, letter.need),
                 What::Member(_, message) => {
-                    let with = Heard { content, need: letter.need, late: letter.late };
-                    work.happens(place, Event::Heard(message), with)
+                    work.heard(place, message, Heard { content, need: letter.need, late: letter.late })
                 }
                 What::Forget | What::Forgotten | What::GoOn => Ok(()),
             }
@@ -200,8 +200,10 @@ impl Shard {
             state: &mut state,
             mail: Mail::new(),
             own: SmallVec::new(),
+            zeros: SmallVec::new(),
             now: Instant::now(),
             late: false,
+            ahead: false,
         };
         work.expire()?;
         begin(&mut work)?;
@@ -230,9 +232,13 @@ struct Work<'a> {
     state: &'a mut State,
     mail: Mail,
     own: SmallVec<[(u32, Own); 4]>,
+    /// Pages that are to be zeros when this is done.
+    zeros: SmallVec<[Page; 4]>,
     now: Instant,
     /// What is said now answers an order that had to wait until a hold was over.
     late: bool,
+    /// Nobody stands still for what is asked for now.
+    ahead: bool,
 }
 
 impl Work<'_> {
@@ -263,8 +269,12 @@ impl Work<'_> {
         while let Some((place, own)) = self.own.pop() {
             match own {
                 Own::Home(message, need) => self.at_home(place, self.shard.me, message, need)?,
-                Own::Member(message, with) => self.happens(place, Event::Heard(message), with)?,
+                Own::Member(message, with) => self.heard(place, message, with)?,
             }
+        }
+        self.zeros.sort_unstable();
+        for run in self.zeros.chunk_by(|page, next| page.plus(1) == *next) {
+            self.shard.frames.zero(run[0], run.len() as u64, false)?;
         }
         let next = self.state.holds.next().filter(|_| self.state.deferred > 0);
         if let Some(next) = next
@@ -288,12 +298,40 @@ impl Work<'_> {
         };
         let right = if fault.write || fault.protected { Right::Write } else { Right::Read };
         let place = place as u32;
-        self.state.holds.waits(fault.thread, place, self.now);
-        self.happens(place, Event::Fault(right), Heard::default())?;
+        let here = self.state.table.copy(place) != Copy::None;
+        let known = (here, self.state.table.asks(place));
+        let wish = self.state.holds.needs(fault.thread, place, right, known, self.now);
+        self.happens(place, Event::Fault(wish.right), Heard::default())?;
         if !self.state.table.asks(place) {
             self.state.holds.goes_on(fault.thread, self.now);
+            return Ok(());
         }
+        self.ahead = true;
+        if wish.known {
+            for (other, right) in self.state.holds.along(fault.thread, place) {
+                if self.is_missing(other) {
+                    self.state.holds.comes(fault.thread, other, self.now);
+                    self.happens(other, Event::Fault(right), Heard::default())?;
+                }
+            }
+        }
+        let home = self.shard.homes.of(self.page(place));
+        for next in wish.stream {
+            // Who comes to where others' memory begins rarely goes on.
+            if self.is_missing(next) && self.shard.homes.of(self.page(next)) == home {
+                self.happens(next, Event::Fault(wish.right), Heard::default())?;
+            }
+        }
+        self.ahead = false;
         Ok(())
+    }
+
+    /// Whether the page at `place` is neither here nor asked for. What is here to be read stays as it is: others may be
+    /// reading it too.
+    fn is_missing(&self, place: u32) -> bool {
+        let pages = self.shard.shards.pages(self.shard.number);
+        let table = &self.state.table;
+        (place as usize) < pages && table.copy(place) == Copy::None && !table.asks(place)
     }
 
     /// As the home of the page at `place`, hears what `from` says.
@@ -308,23 +346,32 @@ impl Work<'_> {
         let (next, sendings) = std::mem::take(line).step(keeper, from, message)?;
         *line = next;
         match message {
-            ToHome::Get { .. } => drop(self.state.needs.insert((place, from), since(self.now, need))),
+            ToHome::Get { .. } => drop(self.state.needs.insert((place, from), need)),
             ToHome::Done { .. } => drop(self.state.needs.remove(&(place, from))),
             ToHome::Offer => {}
         }
         for (to, message) in sendings {
             let need = match message {
                 ToMember::Order(Order::Forward { to, .. } | Order::Invalidate { to, .. }) => {
-                    let since = self.state.needs.get(&(place, to));
-                    since.map_or_else(Need::default, |since| {
-                        Need::of(self.now.saturating_duration_since(*since))
-                    })
+                    self.state.needs.get(&(place, to)).copied().unwrap_or_default()
                 }
                 _ => Need::default(),
             };
             self.send(to, place, message, Heard { need, ..Heard::default() })?;
         }
         Ok(())
+    }
+
+    /// Hears `message` of the page at `place`.
+    fn heard(&mut self, place: u32, message: ToMember, with: Heard) -> Result<(), Failure> {
+        if matches!(message, ToMember::Order(_))
+            && self.state.table.held(place).is_none()
+            && let Some(hold) = self.state.holds.again(place, self.now)
+        {
+            self.happens(place, Event::Hold, Heard::default())?;
+            self.state.table.hold(place, hold);
+        }
+        self.happens(place, Event::Heard(message), with)
     }
 
     /// Has `event` happen to the page at `place`.
@@ -334,13 +381,13 @@ impl Work<'_> {
         let (page, actions) = before.step(event)?;
         busy.page = page;
         busy.late |= with.late;
-        self.count(event, before.copy(), &page, &mut busy.since);
+        self.count(event, before.copy(), &page, &mut busy);
         self.state.deferred += usize::from(page.defers());
         self.state.deferred -= usize::from(deferred);
         if page.defers() && !deferred {
             self.state.tally.deferred += 1;
-            if let Some(hold) = &mut busy.hold {
-                self.state.holds.wanted(place, hold, since(self.now, with.need), self.now);
+            if let (Some(hold), Some(by)) = (&mut busy.hold, for_whom(event)) {
+                self.state.holds.wanted(place, hold, (with.need, by), self.now);
             }
         }
         self.act(place, before.copy(), &mut busy, actions, with.content)?;
@@ -348,18 +395,24 @@ impl Work<'_> {
         Ok(())
     }
 
-    fn count(&mut self, event: Event, copy: Copy, page: &super::Page, since: &mut Option<Instant>) {
+    fn count(&mut self, event: Event, copy: Copy, page: &super::Page, busy: &mut Busy) {
         let Event::Fault(right) = event else { return };
         let tally = &mut self.state.tally;
+        if self.ahead {
+            tally.ahead += 1;
+            // How long somebody will have stood still for it does not tell what it takes to get a page.
+            busy.late = true;
+            return;
+        }
         let number = match (right, copy) {
-            _ if since.is_some() || copy.allows(right) => &mut tally.late_faults,
+            _ if busy.since.is_some() || copy.allows(right) => &mut tally.late_faults,
             (Right::Read, _) => &mut tally.read_faults,
             (Right::Write, Copy::None) => &mut tally.write_faults,
             (Right::Write, _) => &mut tally.upgrades,
         };
         *number += 1;
         if page.asks() {
-            since.get_or_insert(self.now);
+            busy.since.get_or_insert(self.now);
         }
     }
 
@@ -392,7 +445,7 @@ impl Work<'_> {
                     woken = true;
                 }
                 Action::InstallZeros => {
-                    frames.zero(page, 1, false)?;
+                    self.zeros.push(page);
                     self.state.tally.zeroed += 1;
                     // Mostly its home is here: it tells nothing of what it takes to get a page.
                     busy.since = None;
@@ -452,7 +505,7 @@ impl Work<'_> {
     }
 
     fn ask(&mut self, place: u32, message: ToHome) {
-        let need = Need::of(self.state.holds.need(place, self.now));
+        let need = self.state.holds.need(place);
         match self.shard.homes.of(self.page(place)) {
             Some(home) if home == self.shard.me => self.own.push((place, Own::Home(message, need))),
             Some(home) => {
@@ -480,9 +533,13 @@ impl Work<'_> {
     }
 }
 
-/// When somebody began to be in need.
-fn since(now: Instant, need: Need) -> Instant {
-    now.checked_sub(need.time()).unwrap_or(now)
+/// Whom an order is for.
+fn for_whom(event: Event) -> Option<Member> {
+    let Event::Heard(ToMember::Order(Order::Forward { to, .. } | Order::Invalidate { to, .. })) = event
+    else {
+        return None;
+    };
+    Some(to)
 }
 
 /// Whether what comes with `letter` is what it says.

@@ -79,6 +79,13 @@ impl Table {
         self.busy.get(&place).filter(|busy| busy.page.held())?.hold
     }
 
+    /// The page, if it is held, is held like this.
+    pub(super) fn hold(&mut self, place: u32, hold: Hold) {
+        if let Some(busy) = self.busy.get_mut(&place).filter(|busy| busy.page.held()) {
+            busy.hold = Some(hold);
+        }
+    }
+
     /// Whether the page was asked for and has not come yet.
     pub(super) fn asks(&self, place: u32) -> bool {
         self.busy.get(&place).is_some_and(|busy| busy.page.asks())

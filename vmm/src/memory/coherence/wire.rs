@@ -2,16 +2,14 @@
 //! other; content is the payload, and belongs to the last.
 //!
 //! ```text
-//!   0      1        2      4                   11     12      14     15     16
-//!  ┌──────┬────────┬──────┬───────────────────┬──────┬───────┬──────┬──────┐
-//!  │ kind │ detail │ age  │ page              │ note │ txn   │ to   │ gone │   little-endian; 0 where it says nothing
-//!  └──────┴────────┴──────┴───────────────────┴──────┴───────┴──────┴──────┘
+//!   0      1        2      4            9           12      14     15     16
+//!  ┌──────┬────────┬──────┬────────────┬───────────┬───────┬──────┬──────┐
+//!  │ kind │ detail │ age  │ page       │ note      │ txn   │ to   │ gone │   little-endian; 0 where it says nothing
+//!  └──────┴────────┴──────┴────────────┴───────────┴───────┴──────┴──────┘
 //! ```
 //!
-//! The *note* is for [holds](super::holds) only: with `Get` and the orders that it leads to, for how long the asker has
-//! been in need; with what answers an order, whether that had to wait until a hold was over.
-
-use std::time::Duration;
+//! The *note* is for [holds](super::holds) only: with `Get` and the orders that it leads to, when the asker began to be in
+//! need; with what answers an order, whether that had to wait until a hold was over.
 
 use super::message::{Answer, Content, Granted, MEMBERS, Member, Order, Right, ToHome, ToMember, Txn};
 use crate::memory::frames::Page;
@@ -52,29 +50,24 @@ pub enum What {
     GoOn,
 }
 
-/// For how long somebody has been in need, as a number of microseconds with four binary digits that count.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Need(u8);
+/// When somebody began to be in need: a number that is greater than all that its member had heard of (Lamport, CACM 21,
+/// 1978), modulo 2^24. So all members agree on who was earlier; of two with the same number, the member with the smaller one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Need(pub(super) u32);
 
 impl Need {
-    /// So long, or a little less. The longest is hours.
+    const BITS: u32 = 24;
+
+    /// The one after.
     #[must_use]
-    pub fn of(time: Duration) -> Self {
-        let micros = u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
-        let exponent = (micros / 8).checked_ilog2().map_or(0, |log| log + 1);
-        if exponent > 31 {
-            return Self(u8::MAX);
-        }
-        let digits = micros >> exponent.saturating_sub(1) & 7;
-        Self((exponent as u8) << 3 | digits as u8)
+    pub fn next(self) -> Self {
+        Self((self.0 + 1) % (1 << Self::BITS))
     }
 
-    /// How long.
+    /// Whether it is earlier than `other`.
     #[must_use]
-    pub fn time(self) -> Duration {
-        let (exponent, digits) = (self.0 >> 3, u64::from(self.0 & 7));
-        let micros = if exponent == 0 { digits } else { (8 + digits) << (exponent - 1) };
-        Duration::from_micros(micros)
+    pub fn before(self, other: Self) -> bool {
+        (other.0.wrapping_sub(self.0) << (u32::BITS - Self::BITS)) as i32 > 0
     }
 }
 
@@ -83,7 +76,7 @@ impl Need {
 pub struct Letter {
     /// The sender's age.
     pub age: Age,
-    /// With [`ToHome::Get`] and orders: for how long the one whom the transaction is for has been in need.
+    /// With [`ToHome::Get`] and orders: since when the one whom the transaction is for has been in need.
     pub need: Need,
     /// With [`ToMember::Answer`] and [`ToMember::Gone`]: the order had to wait until a hold was over.
     pub late: bool,
@@ -116,9 +109,10 @@ struct Fields {
     kind: u8,
     detail: u8,
     age: u16,
-    /// Below 2^56.
+    /// Below 2^40.
     page: u64,
-    note: u8,
+    /// Below 2^24.
+    note: u32,
     txn: u16,
     to: u8,
     gone: u8,
@@ -131,7 +125,7 @@ impl Fields {
         bytes[1] = self.detail;
         bytes[2..4].copy_from_slice(&self.age.to_le_bytes());
         bytes[4..12].copy_from_slice(&self.page.to_le_bytes());
-        bytes[11] = self.note;
+        bytes[9..12].copy_from_slice(&self.note.to_le_bytes()[..3]);
         bytes[12..14].copy_from_slice(&self.txn.to_le_bytes());
         bytes[14] = self.to;
         bytes[15] = self.gone;
@@ -139,13 +133,13 @@ impl Fields {
     }
 
     fn read(bytes: [u8; BODY]) -> Self {
-        let [kind, detail, a0, a1, p0, p1, p2, p3, p4, p5, p6, note, t0, t1, to, gone] = bytes;
+        let [kind, detail, a0, a1, p0, p1, p2, p3, p4, n0, n1, n2, t0, t1, to, gone] = bytes;
         Self {
             kind,
             detail,
             age: u16::from_le_bytes([a0, a1]),
-            page: u64::from_le_bytes([p0, p1, p2, p3, p4, p5, p6, 0]),
-            note,
+            page: u64::from_le_bytes([p0, p1, p2, p3, p4, 0, 0, 0]),
+            note: u32::from_le_bytes([n0, n1, n2, 0]),
             txn: u16::from_le_bytes([t0, t1]),
             to,
             gone,
@@ -181,10 +175,10 @@ impl Letter {
         if letter.encode() == body { Ok(letter) } else { Err(Malformed) }
     }
 
-    fn note(&self) -> u8 {
+    fn note(&self) -> u32 {
         match (self.says_need(), self.says_late()) {
             (true, _) => self.need.0,
-            (_, true) => u8::from(self.late),
+            (_, true) => u32::from(self.late),
             _ => 0,
         }
     }
