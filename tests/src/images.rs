@@ -19,12 +19,12 @@ pub fn target() -> PathBuf {
     std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| project().join("target"), PathBuf::from)
 }
 
-/// Where the Omega programs under test are: `OMEGA_BIN_DIR`, or the release build.
+/// Where the Omega programs under test are, and what else is built with them: `OMEGA_BIN_DIR`, or the release build.
 pub fn binary(name: &str) -> Result<PathBuf> {
     let folder = std::env::var_os("OMEGA_BIN_DIR").map_or_else(|| target().join("release"), PathBuf::from);
     let path = folder.join(name);
     if !path.is_file() {
-        bail!("There is no {}; run `cargo build --release --bins`", path.display());
+        bail!("There is no {}; run `make build`", path.display());
     }
     Ok(path)
 }

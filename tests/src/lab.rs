@@ -27,6 +27,8 @@ pub(crate) struct Inner {
     /// Consoles and commands of the PCs; kept.
     pub(crate) logs: PathBuf,
     pub(crate) image: Image,
+    /// A second of its PCs takes so many of ours.
+    pub(crate) slower: u32,
     networks: Mutex<Vec<Network>>,
     pcs: Mutex<Vec<Weak<Pc>>>,
 }
@@ -37,7 +39,16 @@ impl Lab {
     /// # Errors
     /// When no PC can run on this machine; the message says what is missing.
     pub fn new(name: &str) -> Result<Self> {
-        host()?;
+        Self::with_clock(name, 1)
+    }
+
+    /// One whose PCs, if they are emulated, have clocks that are `slower` by so much, so that their processors are quick
+    /// by their own clock; see the library `lab_clock`.
+    ///
+    /// # Errors
+    /// As of [`Self::new`].
+    pub fn with_clock(name: &str, slower: u32) -> Result<Self> {
+        let slower = if host()?.kvm { 1 } else { slower };
         let image = Image::get("lab-pc")?;
         let logs = target().join("lab").join(name);
         // Logs of the run before would be read as this one's.
@@ -47,8 +58,14 @@ impl Lab {
         // Short, since it holds unix sockets: their paths end at 107 bytes.
         let scratch =
             tempfile::Builder::new().prefix(&format!("omega-lab-{}-", std::process::id())).tempdir()?;
-        let inner =
-            Arc::new(Inner { scratch, logs, image, networks: Mutex::default(), pcs: Mutex::default() });
+        let inner = Arc::new(Inner {
+            scratch,
+            logs,
+            image,
+            slower,
+            networks: Mutex::default(),
+            pcs: Mutex::default(),
+        });
         LABS.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::downgrade(&inner));
         end_labs_on_signals();
         Ok(Self { inner })

@@ -14,7 +14,7 @@ use serde_json::json;
 
 use crate::child;
 use crate::host::host;
-use crate::images::{overlay, own_binary};
+use crate::images::{binary, overlay, own_binary};
 use crate::initramfs::Initramfs;
 use crate::lab::Inner;
 use crate::network::Network;
@@ -259,6 +259,10 @@ impl Pc {
             .append(true)
             .open(self.lab.logs.join(format!("{}.qemu", self.name)))?;
         command.stdin(Stdio::null()).stdout(errors.try_clone()?).stderr(errors);
+        if self.lab.slower > 1 {
+            command.env("LD_PRELOAD", binary("liblab_clock.so")?);
+            command.env("LAB_CLOCK", self.lab.slower.to_string());
+        }
         let mut qemu = child::spawn(command).context("qemu-system-x86_64")?;
         // From here on QEMU must not be left behind.
         let connected = (|| {

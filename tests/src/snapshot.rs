@@ -28,9 +28,10 @@ pub(crate) struct Snapshot {
 }
 
 /// The snapshot that fits this PC, which is switched off; made now if there is none yet. `None` where
-/// snapshots are switched off (`LAB_SNAPSHOTS=0`) or do not work (nested KVM cannot save its state everywhere).
+/// snapshots are switched off (`LAB_SNAPSHOTS=0`) or do not work (nested KVM cannot save its state everywhere; QEMU hands
+/// it to another program, which cannot live with a slower clock).
 pub(crate) fn of(pc: &Pc) -> Result<Option<Snapshot>> {
-    if host()?.kvm || std::env::var("LAB_SNAPSHOTS").is_ok_and(|v| v == "0") {
+    if host()?.kvm || pc.lab.slower > 1 || std::env::var("LAB_SNAPSHOTS").is_ok_and(|v| v == "0") {
         return Ok(None);
     }
     let cache = target().join("lab/.snapshots");
