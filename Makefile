@@ -11,7 +11,7 @@ RDMA ?= $(shell pkg-config --exists libibverbs librdmacm 2>/dev/null && echo yes
 rdma = $(if $(RDMA),--features omega-vmm/rdma$(comma)omega-agent/rdma)
 comma := ,
 
-.PHONY: all setup build images demo test bench lint fmt fuzz model litmus install deb clean
+.PHONY: all setup build images demo demo-span test bench lint fmt fuzz model litmus install deb clean
 
 all: build
 
@@ -20,7 +20,7 @@ setup:
 	packaging/setup
 
 build:
-	$(CARGO) build --release --locked -p omega-vmm -p omega-agent -p omega-lab $(rdma)
+	$(CARGO) build --release --locked -p omega-vmm -p omega-agent -p omega-lab -p omega-lab-clock $(rdma)
 
 ## Guest and lab images, cached by the content of their recipes.
 images: setup
@@ -29,6 +29,10 @@ images: setup
 ## Boot Debian with its root disk on a second PC, twice.
 demo: setup build images
 	$(bin)/lab demo
+
+## Boot one guest on two PCs, a vCPU on each: some ten minutes where PCs are emulated.
+demo-span: setup build images
+	$(bin)/lab demo-span
 
 ## Everything: unit, micro-guest, fuzz-corpus and lab tests, with their counts.
 # The suite was built with the rest: `cargo run` would build its libraries once more, with fewer features.

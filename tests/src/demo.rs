@@ -14,6 +14,10 @@ use crate::scene::Scene;
 const VOLUME: &str = "debian-root";
 const FILE: &str = "/root/hello";
 
+mod span;
+
+pub use span::span;
+
 /// A line of the demonstration itself, told apart from what the PCs print.
 fn say(line: &str) {
     println!("\n\x1b[1m== {line}\x1b[0m");
@@ -62,23 +66,10 @@ impl Write for Screen {
 /// Shows it all; ends with the line `demo: ok`, or an error.
 pub fn demo() -> Result<()> {
     let start = Instant::now();
-    let host = host()?;
-    let how = if host.kvm {
-        "with this machine's own KVM"
-    } else {
-        "emulated, since this machine's KVM cannot run PCs"
-    };
-    say(&format!("Starting two lab PCs, {how}"));
+    say(&format!("Starting two lab PCs, {}", how_they_run()?));
     let scene = Scene::with_debian("demo")?;
     let (console, helper) = (&scene.console, &scene.helper);
-    for pc in [console, helper] {
-        println!(
-            "{:<8} {}  {}",
-            pc.name(),
-            pc.address(),
-            pc.run("uname -srm; test -c /dev/kvm && echo /dev/kvm")?.ok()?.replace('\n', "  ")
-        );
-    }
+    show(&scene)?;
 
     say("Starting omega-agent on `helper` by its systemd unit; its second disk becomes the volume");
     scene.serve(&[(VOLUME, "/dev/vdb")])?;
@@ -125,6 +116,27 @@ pub fn demo() -> Result<()> {
     say("The file that the first boot wrote, as the second boot read it");
     println!("{FILE}: {read}");
     println!("\n({:.0} s)\ndemo: ok", start.elapsed().as_secs_f32());
+    Ok(())
+}
+
+fn how_they_run() -> Result<&'static str> {
+    Ok(if host()?.kvm {
+        "with this machine's own KVM"
+    } else {
+        "emulated, since this machine's KVM cannot run PCs"
+    })
+}
+
+/// Says what the PCs are.
+fn show(scene: &Scene) -> Result<()> {
+    for pc in [&scene.console, &scene.helper] {
+        println!(
+            "{:<8} {}  {}",
+            pc.name(),
+            pc.address(),
+            pc.run("uname -srm; test -c /dev/kvm && echo /dev/kvm")?.ok()?.replace('\n', "  ")
+        );
+    }
     Ok(())
 }
 

@@ -8,6 +8,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::pc::Pc;
 use crate::runner::{Output, Process, Runner};
+use crate::scene::Scene;
 
 /// How long a guest may take for anything: KVM under emulation on a busy machine is slow, not broken.
 pub const PATIENCE: Duration = Duration::from_secs(600);
@@ -24,6 +25,10 @@ for task in /proc/$pid/task/*; do
 done
 ss -tnoi
 dmesg | tail -n 12";
+
+/// What a guest's kernel need not find out for itself: that the time stamp counter can be relied on, which Omega sees to,
+/// and how long to wait in loops, for which each processor of another PC would measure for a quarter of a second.
+const SPANNING: &str = "tsc=reliable lpj=8000000";
 
 /// A guest that is being described: its `guest.toml`, as text.
 #[derive(Clone, Debug)]
@@ -94,6 +99,17 @@ impl Guest {
     pub fn userspace_controllers(mut self) -> Self {
         self.controllers = "interrupt_controllers = \"userspace\"";
         self
+    }
+
+    /// One more processor, on the helper of a [spanning](Scene::spanning) scene.
+    pub fn spans(self, scene: &Scene) -> Self {
+        self.place(&scene.agent(), "helper", 1).cmdline(SPANNING)
+    }
+
+    /// So many more processors, on another PC.
+    pub fn place(mut self, agent: &str, node: &str, count: u8) -> Self {
+        self.cpus += count;
+        self.with(&format!("[[cpu.place]]\nagent = \"{agent}\"\nnode = \"{node}\"\ncount = {count}\n"))
     }
 
     /// So much RAM, as `guest.toml` writes it.

@@ -79,6 +79,8 @@ enum Command {
     },
     /// Boot a Debian guest on one PC with its root disk on another, and show it
     Demo,
+    /// Boot a guest whose vCPUs are on two PCs, and show it
+    DemoSpan,
 }
 
 fn main() -> ExitCode {
@@ -94,6 +96,7 @@ fn main() -> ExitCode {
         Command::Cut { pc } => up::ask(&pc, Act::Cut),
         Command::Heal { pc } => up::ask(&pc, Act::Heal),
         Command::Demo => lab::demo::demo().map(|()| 0),
+        Command::DemoSpan => lab::demo::span().map(|()| 0),
     };
     match result {
         Ok(code) => ExitCode::from(u8::try_from(code).unwrap_or(1)),

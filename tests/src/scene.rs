@@ -17,6 +17,14 @@ use crate::runner::Process;
 /// The systemd unit, as packages install it.
 pub const UNIT: &str = "omega-agent.service";
 const UNIT_FILE: &str = "packaging/omega-agent.service";
+/// By which the agent may watch RAM.
+const RULES: &str = "60-omega-userfaultfd.rules";
+
+/// What the clocks of PCs are slowed by whose vCPUs share memory: about what an emulated processor is slower than one of
+/// ours.
+const SLOWER: u32 = 20;
+/// The volume with a guest's root, of a [spanning](Scene::spanning) scene.
+pub const ROOT: &str = "debian-root";
 
 /// Two PCs on one network.
 pub struct Scene {
@@ -41,7 +49,20 @@ impl Scene {
 
     /// The same, with so many further PCs for lending memory.
     pub fn with_lenders(name: &str, data: Option<&Path>, lenders: usize) -> Result<Self> {
-        let lab = Lab::new(name)?;
+        Self::in_lab(Lab::new(name)?, data, lenders)
+    }
+
+    /// Both PCs for a guest with vCPUs on each, of which the helper's agent runs up to `cpus` and serves the helper's
+    /// second disk, if it starts as `data`, as volume [`ROOT`]. Emulated PCs have [slower clocks](Lab::with_clock): else
+    /// they would have no time for anything but their ticks.
+    pub fn spanning(name: &str, data: Option<&Path>, cpus: u8) -> Result<Self> {
+        let scene = Self::in_lab(Lab::with_clock(name, SLOWER)?, data, 0)?;
+        let volumes: &[_] = if data.is_some() { &[(ROOT, "/dev/vdb")] } else { &[] };
+        configure(&scene.helper, &scene.agent(), volumes, &format!("\n[cpu]\ncount = {cpus}\n"))?;
+        Ok(scene)
+    }
+
+    fn in_lab(lab: Lab, data: Option<&Path>, lenders: usize) -> Result<Self> {
         let lan = lab.network("lan");
         let console = lab.pc("console").on(&lan);
         let mut helper = lab.pc("helper").on(&lan);
@@ -160,10 +181,13 @@ pub fn install_image(pc: &Pc, image: &Image, name: &str) -> Result<()> {
     Ok(())
 }
 
-/// Puts the agent and its systemd unit into a PC.
+/// Puts the agent, its systemd unit and its udev rule into a PC.
 pub fn install_agent(pc: &Pc) -> Result<()> {
     pc.put(&binary("omega-agent")?, "/usr/bin/omega-agent", 0o755)?;
-    pc.put(&project().join(UNIT_FILE), "/etc/systemd/system/omega-agent.service", 0o644)
+    pc.put(&project().join(UNIT_FILE), "/etc/systemd/system/omega-agent.service", 0o644)?;
+    let rules = format!("/lib/udev/rules.d/{RULES}");
+    pc.put(&project().join("packaging").join(RULES), &rules, 0o644)?;
+    pc.run("udevadm control --reload && udevadm trigger --settle /dev/userfaultfd")?.ok().map(drop)
 }
 
 /// Configures the agent of a PC to listen on `address` and serve these volumes (name and path), and starts it

@@ -12,6 +12,7 @@ mod memory;
 mod mistakes;
 mod native;
 mod rdma;
+mod span;
 mod storm;
 mod transport;
 
@@ -30,6 +31,7 @@ const ALL: &[&[(&str, Test)]] = &[
     native::TESTS,
     lab_itself::TESTS,
     storm::TESTS,
+    span::TESTS,
     memory::TESTS,
     disk::TESTS,
     rdma::TESTS,
