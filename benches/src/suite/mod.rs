@@ -5,6 +5,7 @@ pub mod coherence;
 pub mod disk;
 pub mod floor;
 pub mod memory;
+pub mod span;
 pub mod start;
 pub mod transport;
 
@@ -21,6 +22,7 @@ pub const ALL: &[Suite] = &[
     coherence::SUITE,
     start::SUITE,
     boot::SUITE,
+    span::SUITE,
 ];
 
 /// What is measured together.

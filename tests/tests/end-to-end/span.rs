@@ -40,7 +40,7 @@ fn litmus(console: &str) -> (u64, u64) {
 
 fn linux_computes_on_two_pcs() -> Result<()> {
     let scene = Scene::spanning("span", None, 1)?;
-    let guest = mini(&scene, "numa,cpus,ep,litmus", "omega.ep=2,20 omega.litmus=1000000,0.2")?;
+    let guest = mini(&scene, "numa,cpus,ep,litmus", "omega.ep=2,20 omega.litmus=1000")?;
     guest.expect("omega-mini: ok: numa nodes 2")?;
     guest.expect("omega-mini: ok: cpus 2 worked 2")?;
     guest.expect("omega-mini: ok: ep")?;
