@@ -65,6 +65,11 @@ impl Companions {
         self.0.iter().any(|known| known.page == page)
     }
 
+    /// All of them.
+    pub(super) fn all(&self) -> impl Iterator<Item = u32> {
+        self.0.iter().map(|known| known.page)
+    }
+
     /// Those that may come along with `page`, and with which right.
     pub(super) fn of(&self, page: u32) -> SmallVec<[(u32, Right); MOST]> {
         self.0.iter().filter(|known| known.page != page).map(|known| (known.page, known.right)).collect()

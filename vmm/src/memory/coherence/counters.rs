@@ -52,7 +52,8 @@ numbers! {
     invalidated,
     /// Pages that may not be written to any longer because another member reads.
     downgraded,
-    /// Pages that were given up before those who needed them had run: others did not want to wait any longer.
+    /// Pages that were given up while who uses them stood still for another: somebody had been in need for longer, or did
+    /// not want to wait any longer.
     unused,
     /// Pages that came and were held.
     held,
