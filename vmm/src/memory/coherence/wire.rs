@@ -8,7 +8,7 @@
 //!  └──────┴────────┴──────┴────────────┴───────────┴───────┴──────┴──────┘
 //! ```
 //!
-//! The *note* is for [holds](super::holds) only: with `Get` and the orders that it leads to, when the asker began to be in
+//! The *note* is for holds (`holds.rs`) only: with `Get` and the orders that it leads to, when the asker began to be in
 //! need; with what answers an order, whether that had to wait until a hold was over.
 
 use super::message::{Answer, Content, Granted, MEMBERS, Member, Order, Right, ToHome, ToMember, Txn};
