@@ -11,6 +11,7 @@ mod lab_itself;
 mod memory;
 mod mistakes;
 mod native;
+mod pattern;
 mod rdma;
 mod span;
 mod storm;

@@ -5,8 +5,10 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use lab::guest::{Guest, PATIENCE, Running};
-use lab::scene::{Scene, wait_until};
+use lab::guest::{Guest, Running};
+use lab::scene::Scene;
+
+use crate::pattern::{rounds, rounds_later};
 
 pub(crate) const TESTS: &[(&str, crate::Test)] = &[
     ("span::linux_computes_on_two_pcs_at_once_and_sees_memory_as_on_one", linux_computes_on_two_pcs),
@@ -57,19 +59,6 @@ fn linux_computes_on_two_pcs() -> Result<()> {
     println!("litmus tests in a guest on two PCs: {runs} runs, {forbidden} forbidden outcomes");
     ensure!(runs > 1000 && forbidden == 0 && !guest.console().contains("WRONG"), "{}", guest.console());
     Ok(())
-}
-
-/// How many rounds the checker in the guest has finished.
-fn rounds(guest: &Running) -> usize {
-    guest.console().matches("omega-pattern: round ").count()
-}
-
-fn rounds_later(guest: &Running, more: usize) -> Result<()> {
-    let before = rounds(guest);
-    wait_until("the checker goes on", PATIENCE, || {
-        ensure!(!guest.ended(), "the guest ended: {}", guest.wait()?.all());
-        Ok(rounds(guest) >= before + more)
-    })
 }
 
 fn a_cut_helper_makes_the_guest_wait() -> Result<()> {

@@ -6,8 +6,9 @@ use lab::guest::PATIENCE;
 use lab::pc::Pc;
 use lab::scene::{Scene, configure, lends, wait_until};
 
-use super::{lent, mini, rounds_later, stored};
+use super::{lent, mini, stored};
 use crate::mistakes::refused;
+use crate::pattern::rounds_later;
 
 pub(super) fn what_is_not_lent_is_said_in_one_line() -> Result<()> {
     let scene = Scene::new("memory-missing", None)?;

@@ -4,7 +4,8 @@ use anyhow::{Context, Result, ensure};
 use lab::guest::PATIENCE;
 use lab::scene::{Scene, wait_until};
 
-use super::{mini, rounds, stored};
+use super::{mini, stored};
+use crate::pattern::rounds;
 
 /// What the guest's pages take up that have any content, here or on the helper, in bytes.
 fn kept(scene: &Scene) -> Result<u64> {

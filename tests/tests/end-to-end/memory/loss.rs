@@ -6,7 +6,8 @@ use anyhow::{Result, ensure};
 use lab::guest::{PATIENCE, Running};
 use lab::scene::{Scene, start_agent, wait_until};
 
-use super::{mini, rounds, rounds_later, stored};
+use super::{mini, stored};
+use crate::pattern::{rounds, rounds_later};
 
 /// Waits until the guest stands still for this helper, and says so.
 fn stands_still(scene: &Scene, guest: &Running, helper: &str) -> Result<()> {

@@ -5,11 +5,9 @@ mod leases;
 mod life;
 mod loss;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use lab::Guest;
-use lab::guest::{PATIENCE, Running};
 use lab::pc::Pc;
-use lab::scene::wait_until;
 
 pub(crate) const TESTS: &[(&str, crate::Test)] = &[
     (
@@ -66,19 +64,4 @@ fn lent(pc: &Pc) -> Result<Lent> {
 /// What an agent has stored, in bytes.
 fn stored(pc: &Pc) -> Result<u64> {
     lent(pc).map(|lent| lent.used)
-}
-
-/// How many rounds the checker in the guest has finished.
-fn rounds(guest: &Running) -> usize {
-    guest.console().matches("omega-pattern: round ").count()
-}
-
-/// Waits until the checker has finished `more` rounds.
-fn rounds_later(guest: &Running, more: usize) -> Result<()> {
-    let before = rounds(guest);
-    wait_until("the checker goes on", PATIENCE, || {
-        ensure!(!guest.ended(), "the guest ended: {}", guest.wait()?.all());
-        ensure!(!guest.console().contains("WRONG"), "{}", guest.console());
-        Ok(rounds(guest) >= before + more)
-    })
 }
