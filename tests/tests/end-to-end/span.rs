@@ -28,7 +28,7 @@ fn mini(scene: &Scene, steps: &str, words: &str) -> Result<Running> {
     Ok(guest)
 }
 
-/// The number of runs and of forbidden outcomes of all litmus tests on the console.
+/// The number of runs and of forbidden outcomes of the litmus tests on the console.
 fn litmus(console: &str) -> (u64, u64) {
     let number = |line: &str, key: &str| {
         let value = line.split_whitespace().find_map(|word| word.strip_prefix(key));
@@ -42,7 +42,9 @@ fn litmus(console: &str) -> (u64, u64) {
 
 fn linux_computes_on_two_pcs() -> Result<()> {
     let scene = Scene::spanning("span", None, 1)?;
-    let guest = mini(&scene, "numa,cpus,ep,litmus", "omega.ep=2,20 omega.litmus=1000")?;
+    // All of the litmus tests take minutes here; this one meets the most conflicts.
+    let litmus_test = "omega.litmus=1000,0,atomic-increments";
+    let guest = mini(&scene, "numa,cpus,ep,litmus", &format!("omega.ep=2,20 {litmus_test}"))?;
     guest.expect("omega-mini: ok: numa nodes 2")?;
     guest.expect("omega-mini: ok: cpus 2 worked 2")?;
     guest.expect("omega-mini: ok: ep")?;
@@ -56,7 +58,7 @@ fn linux_computes_on_two_pcs() -> Result<()> {
     let output = guest.wait()?;
     ensure!(output.code == 0, "{}", output.all());
     let (runs, forbidden) = litmus(&guest.console());
-    println!("litmus tests in a guest on two PCs: {runs} runs, {forbidden} forbidden outcomes");
+    println!("litmus test in a guest on two PCs: {runs} runs, {forbidden} forbidden outcomes");
     ensure!(runs > 1000 && forbidden == 0 && !guest.console().contains("WRONG"), "{}", guest.console());
     Ok(())
 }
