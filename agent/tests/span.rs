@@ -1,4 +1,4 @@
-//! A guest with a vCPU on this process's machine and one in a real agent.
+//! A guest with a vCPU on this process's machine and others in real agents.
 
 mod common;
 
@@ -16,16 +16,16 @@ use vmm::machine::{Exit, Machine, Options};
 
 const LENDS: &str = "[cpu]\ncount = 1\n";
 
-/// Where a started vCPU begins, in real mode.
-const TRAMPOLINE: u32 = 0xc000;
-/// Where the code of vCPU 1 is.
+/// Where started vCPUs begin, in real mode: a page for each.
+const TRAMPOLINES: u32 = 0xc000;
+/// Where the code of vCPU 1 is; a page on, that of the next.
 const OTHERS: u32 = 0x10_1000;
 /// A page for each of these.
 const COUNT: u32 = 0x20_0000;
 const STARTED: u32 = 0x20_1000;
 const MESSAGE: u32 = 0x20_2000;
 const ANSWER: u32 = 0x20_3000;
-const COUNTED: [u32; 2] = [0x20_4000, 0x20_5000];
+const COUNTED: [u32; 3] = [0x20_4000, 0x20_5000, 0x20_6000];
 
 // The local APIC's registers.
 const SPURIOUS: u32 = 0xfee0_00f0;
@@ -90,6 +90,16 @@ impl Code {
     fn send(self, to: u32, command: u32) -> Self {
         self.set(ICR_HIGH, to << 24).set(ICR, command)
     }
+    /// Starts vCPU `cpu`, whose code is in its page.
+    fn start(self, cpu: u32) -> Self {
+        let page = TRAMPOLINES + (cpu - 1) * 0x1000;
+        let trampoline = trampoline(page, OTHERS + (cpu - 1) * 0x1000);
+        let words = (page..).step_by(4).zip(trampoline.chunks_exact(4));
+        let code = words.fold(self, |code, (at, word)| {
+            code.set(at, u32::from_le_bytes(word.try_into().expect("four bytes")))
+        });
+        code.send(cpu, 0x4500).send(cpu, 0x4600 | page >> 12)
+    }
     /// cmp dword [at], value; je over `other`, which does not come back
     fn unless(self, at: u32, value: u32, other: &[u8]) -> Self {
         self.bytes(&[0x81, 0x3d])
@@ -101,17 +111,17 @@ impl Code {
     }
 }
 
-/// From real mode at `TRAMPOLINE` to `OTHERS` in flat 32-bit protected mode.
-fn trampoline() -> Vec<u8> {
-    let at = |offset: u32| ((TRAMPOLINE + offset) as u16).to_le_bytes();
+/// From real mode at `page` to `to` in flat 32-bit protected mode.
+fn trampoline(page: u32, to: u32) -> Vec<u8> {
+    let at = |offset: u32| ((page + offset) as u16).to_le_bytes();
     let mut code = vec![0x0f, 0x01, 0x16]; // lgdt
     code.extend(at(0x78));
     code.extend([0x0f, 0x20, 0xc0, 0x0c, 0x01, 0x0f, 0x22, 0xc0, 0xea]); // cr0 |= 1; jmp 8:flat
     code.extend(at(0x20));
     code.extend([0x08, 0x00]);
     code.resize(0x20, 0x90);
-    code.extend([0xb8, 0x10, 0, 0, 0, 0x8e, 0xd8, 0x8e, 0xd0, 0x8e, 0xc0, 0xb8]); // ds, ss, es; mov eax, OTHERS
-    code.extend(OTHERS.to_le_bytes());
+    code.extend([0xb8, 0x10, 0, 0, 0, 0x8e, 0xd8, 0x8e, 0xd0, 0x8e, 0xc0, 0xb8]); // ds, ss, es; mov eax, to
+    code.extend(to.to_le_bytes());
     code.extend([0xff, 0xe0]); // jmp eax
     code.resize(0x40, 0x90);
     for descriptor in [0_u64, 0x00cf_9b00_0000_ffff, 0x00cf_9300_0000_ffff] {
@@ -119,7 +129,7 @@ fn trampoline() -> Vec<u8> {
     }
     code.resize(0x78, 0);
     code.extend([0x17, 0]);
-    code.extend((TRAMPOLINE + 0x40).to_le_bytes());
+    code.extend((page + 0x40).to_le_bytes());
     code.resize(0x80, 0);
     code
 }
@@ -127,20 +137,14 @@ fn trampoline() -> Vec<u8> {
 /// Both vCPUs count on one page, pass messages by two others and interrupt each other; then vCPU 1 writes to the serial
 /// port, and vCPU 0 ends the guest.
 fn both(counts: u32, messages: u32) -> Vec<u8> {
-    let mut first = Code::default();
-    for (at, word) in (TRAMPOLINE..).step_by(4).zip(trampoline().chunks_exact(4)) {
-        first = first.set(at, u32::from_le_bytes(word.try_into().expect("four bytes")));
-    }
-    let wrong = [micro::say("wrong\n"), micro::power_off()].concat();
-    let first = first
+    let first = Code::default()
         .set(SPURIOUS, 0x1ff)
-        .send(1, 0x4500)
-        .send(1, 0x4600 | TRAMPOLINE >> 12)
+        .start(1)
         .wait_for(STARTED, 1)
         .count(COUNT, counts)
         .set(COUNTED[0], 1)
         .wait_for(COUNTED[1], 1)
-        .unless(COUNT, 2 * counts, &wrong)
+        .unless(COUNT, 2 * counts, &wrong())
         .ask(MESSAGE, ANSWER, messages)
         .send(1, 0x4040)
         .wait_for_bit(REQUESTS, 2)
@@ -157,31 +161,66 @@ fn both(counts: u32, messages: u32) -> Vec<u8> {
         .bytes(&micro::say("there\n"))
         .send(0, 0x4041)
         .bytes(&micro::halt());
-    let mut code = first.0;
-    assert!(code.len() <= 0x1000);
-    code.resize(0x1000, 0x90);
-    code.extend(others.0);
-    micro::kernel(&code)
+    kernel(&[first, others])
+}
+
+/// All three vCPUs count on one page; then vCPU 1 interrupts vCPU 2, which answers with an interrupt of vCPU 0.
+fn all_three(counts: u32) -> Vec<u8> {
+    let first = Code::default()
+        .set(SPURIOUS, 0x1ff)
+        .start(1)
+        .start(2)
+        .count(COUNT, counts)
+        .wait_for(COUNTED[1], 1)
+        .wait_for(COUNTED[2], 1)
+        .unless(COUNT, 3 * counts, &wrong())
+        .set(STARTED, 1)
+        .wait_for_bit(REQUESTS, 2)
+        .bytes(&micro::say("all\n"))
+        .bytes(&micro::power_off());
+    let second = Code::default()
+        .set(SPURIOUS, 0x1ff)
+        .count(COUNT, counts)
+        .set(COUNTED[1], 1)
+        .wait_for(STARTED, 1)
+        .send(2, 0x4040)
+        .bytes(&micro::halt());
+    let third = Code::default()
+        .set(SPURIOUS, 0x1ff)
+        .count(COUNT, counts)
+        .set(COUNTED[2], 1)
+        .wait_for_bit(REQUESTS, 1)
+        .send(0, 0x4041)
+        .bytes(&micro::halt());
+    kernel(&[first, second, third])
+}
+
+/// A guest's kernel: the code of vCPU 0, and a page on that of each further one.
+fn kernel(codes: &[Code]) -> Vec<u8> {
+    let mut whole = Vec::new();
+    for (page, code) in codes.iter().enumerate() {
+        assert!(whole.len() <= page * 0x1000, "vCPU {page}'s code begins in its page");
+        whole.resize(page * 0x1000, 0x90);
+        whole.extend(&code.0);
+    }
+    micro::kernel(&whole)
+}
+
+/// What a vCPU does that has found a number wrong.
+fn wrong() -> Vec<u8> {
+    [micro::say("wrong\n"), micro::power_off()].concat()
 }
 
 /// vCPU 1 runs for ever; vCPU 0 has said so and halts.
 fn endless() -> Vec<u8> {
-    let mut first = Code::default();
-    for (at, word) in (TRAMPOLINE..).step_by(4).zip(trampoline().chunks_exact(4)) {
-        first = first.set(at, u32::from_le_bytes(word.try_into().expect("four bytes")));
-    }
-    let first = first
+    let first = Code::default()
         .set(SPURIOUS, 0x1ff)
-        .send(1, 0x4500)
-        .send(1, 0x4600 | TRAMPOLINE >> 12)
+        .start(1)
         .wait_for(STARTED, 1)
         .bytes(&micro::say("both run\n"))
         .bytes(&micro::halt());
     let others = Code::default().set(STARTED, 1).bytes(&[0xf0, 0xff, 0x05]).word(COUNT).bytes(&[0xeb, 0xf7]);
-    let mut code = first.0;
-    code.resize(0x1000, 0x90);
-    code.extend(others.0);
-    micro::kernel(&code)
+    kernel(&[first, others])
 }
 
 type End = Result<Exit, String>;
@@ -202,16 +241,26 @@ fn can_run() -> bool {
     can
 }
 
-/// A guest of two vCPUs, the second one at `agent`.
+/// A guest of two vCPUs, the second one at `agent`, where `more` is in its configuration.
 fn machine(agent: &Agent, kernel: &[u8], more: &str) -> Result<(tempfile::TempDir, Machine), String> {
+    spanning(&[(agent, 1, more)], kernel)
+}
+
+/// A guest of a vCPU here and so many at each of `agents`, which are called `pc2` and so on.
+fn spanning(agents: &[(&Agent, u8, &str)], kernel: &[u8]) -> Result<(tempfile::TempDir, Machine), String> {
     let folder = tempfile::tempdir().expect("a folder");
     let at = |name: &str| folder.path().join(name);
     std::fs::write(at("kernel"), kernel).expect("it writes");
-    let text = format!(
-        "name = 'both'\nkernel.image = 'kernel'\nserial.file = 'serial'\nmemory.size = '16M'\n[cpu]\ncount = 2\n\
-         [[cpu.place]]\nnode = 'pc2'\nagent = '{}'\ninsecure = true\ncount = 1\n{more}",
-        agent.address
+    let count = 1 + agents.iter().map(|(_, count, _)| count).sum::<u8>();
+    let mut text = format!(
+        "name = 'both'\nkernel.image = 'kernel'\nserial.file = 'serial'\nmemory.size = '16M'\n[cpu]\ncount = {count}\n"
     );
+    for (number, (agent, count, more)) in (2..).zip(agents) {
+        text += &format!(
+            "[[cpu.place]]\nnode = 'pc{number}'\nagent = '{}'\ninsecure = true\ncount = {count}\n{more}",
+            agent.address
+        );
+    }
     let guest = Guest::parse(&at("guest.toml"), &text).unwrap_or_else(|mistakes| panic!("{mistakes}"));
     let hub = Hub::open(&guest.serial, HubOptions::default()).expect("a console");
     let options = Options { allow_unfit_kvm: true, identity: None, cache: None, serial: hub, console: None };
@@ -220,8 +269,10 @@ fn machine(agent: &Agent, kernel: &[u8], more: &str) -> Result<(tempfile::TempDi
 }
 
 fn run(agent: &Agent, kernel: &[u8], more: &str) -> Running {
-    let (folder, machine) =
-        machine(agent, kernel, more).unwrap_or_else(|why| panic!("{why}\n{}", agent.log()));
+    begin(machine(agent, kernel, more).unwrap_or_else(|why| panic!("{why}\n{}", agent.log())))
+}
+
+fn begin((folder, machine): (tempfile::TempDir, Machine)) -> Running {
     let controller = machine.controller();
     let (tell, end) = channel();
     thread::spawn(move || tell.send(machine.run().map_err(|error| error.to_string())));
@@ -263,6 +314,57 @@ fn two_vcpus_on_two_members_count_talk_and_interrupt_each_other_and_lose_nothing
     let guest = run(&agent, &both(2000, 100), "");
     assert_eq!(guest.ends(&agent), Ok(Exit::PoweredOff), "{}", guest.serial());
     assert_eq!(guest.serial(), "there\nand here\n");
+}
+
+#[test]
+fn vcpus_on_two_helpers_reach_each_other_by_way_of_the_console_node() {
+    if !can_run() {
+        return;
+    }
+    let (one, other) = (Agent::start(LENDS), Agent::start(LENDS));
+    let machine = spanning(&[(&one, 1, ""), (&other, 1, "")], &all_three(2000));
+    let guest = begin(machine.unwrap_or_else(|why| panic!("{why}\n{}\n{}", one.log(), other.log())));
+    assert_eq!(guest.ends(&one), Ok(Exit::PoweredOff), "{}\n{}", guest.serial(), other.log());
+    assert_eq!(guest.serial(), "all\n");
+}
+
+#[test]
+fn a_vcpu_moves_between_pcs_while_it_works_and_loses_nothing() {
+    use vmm::control::Controlled as _;
+    if !can_run() {
+        return;
+    }
+    let (one, other) = (Agent::start("[cpu]\ncount = 2\n"), Agent::start("[cpu]\ncount = 2\n"));
+    let kernel = all_three(400_000);
+    let machine = spanning(&[(&one, 1, "room = 2\n"), (&other, 1, "")], &kernel);
+    let guest = begin(machine.unwrap_or_else(|why| panic!("{why}\n{}\n{}", one.log(), other.log())));
+    until("all run", || guest.controller.counters()["coherence"]["fetched"] > 10);
+    let places = || -> Vec<Vec<u8>> {
+        guest.controller.status().places.into_iter().map(|place| place.vcpus).collect()
+    };
+    let moved = |vcpu, node| guest.controller.move_vcpu(vcpu, node).map_err(|why| why.to_string());
+    assert_eq!(places(), [vec![0], vec![1], vec![2]]);
+    let full = moved(1, "pc3").expect_err("there is no room");
+    assert!(full.contains("raise `room`"), "{full}");
+    assert!(moved(0, "pc2").expect_err("it stays").contains("vCPU 0 stays"));
+    assert!(moved(1, "pc4").expect_err("nobody").contains("there are: console, pc2, pc3"));
+    for (vcpu, node, after) in [
+        (1, "console", [vec![0, 1], vec![], vec![2]]),
+        (1, "console", [vec![0, 1], vec![], vec![2]]),
+        (2, "pc2", [vec![0, 1], vec![2], vec![]]),
+        (1, "pc2", [vec![0], vec![1, 2], vec![]]),
+        (2, "pc3", [vec![0], vec![1], vec![2]]),
+    ] {
+        moved(vcpu, node).unwrap_or_else(|why| panic!("{vcpu} to {node}: {why}\n{}", one.log()));
+        assert_eq!(places(), after);
+    }
+    let drained = |node| guest.controller.drain_vcpus(node).map_err(|why| why.to_string());
+    assert_eq!(drained("pc3"), Ok(1), "to the other helper, which has room");
+    assert_eq!(places(), [vec![0], vec![1, 2], vec![]]);
+    assert_eq!(drained("pc2"), Ok(2));
+    assert_eq!(places(), [vec![0, 2], vec![], vec![1]], "one goes to the helper that has room");
+    assert_eq!(guest.ends(&one), Ok(Exit::PoweredOff), "{}\n{}", guest.serial(), other.log());
+    assert_eq!(guest.serial(), "all\n");
 }
 
 #[test]

@@ -1,27 +1,34 @@
-/* omega-ep: how fast threads compute side by side, and how fast when they share the pages that they write.
+/* omega-ep: how fast processors compute side by side, and what it costs if they share what they write.
  *
- *   omega-ep [THREADS [LOG2PAIRS [shared]]]        by default 2 threads, 2^20 pairs
+ *   omega-ep [WORKERS [LOG2PAIRS [processes|threads|shared]]]        by default 2 workers, 2^20 pairs, processes
  *
  * Pairs of normally distributed numbers by Marsaglia's polar method, from the linear congruential generator of the
- * NAS parallel benchmarks (EP: x <- 5^13 x mod 2^46), whose verified sums these are. Threads take blocks of 2^16
- * pairs, each begun by a jump in the generator's sequence, so that the numbers do not depend on the threads.
+ * NAS parallel benchmarks (EP: x <- 5^13 x mod 2^46), whose verified sums these are. Of n workers each takes every
+ * n-th block of 2^16 pairs, which begins with a jump in the generator's sequence, so that the numbers do not depend on n.
  *
- * Each thread counts and sums in memory of its own; with `shared` all do in one page, a write for each pair.
- * Prints `omega-ep: private threads=2 pairs=1048576 seconds=... verified` (exit code 0) or `... WRONG` (exit code 1).
+ *   processes   as the benchmark with MPI: nothing is shared until the end
+ *   threads     as the benchmark with OpenMP: each counts and sums in pages of its own, but the page tables are the same,
+ *               which some processors write to whenever they look into them
+ *   shared      threads that all write to one page, for each pair
+ *
+ * Prints `omega-ep: processes workers=2 pairs=1048576 seconds=... verified` (exit code 0) or `... WRONG` (exit code 1).
  */
 #define _GNU_SOURCE
+#include <errno.h>
 #include <math.h>
 #include <pthread.h>
-#include <stdatomic.h>
+#include <sched.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/wait.h>
 #include <time.h>
+#include <unistd.h>
 
 #define PAGE 4096
-#define THREADS 64
+#define WORKERS 64
 #define BLOCK 16
 #define SEED 271828183ull
 #define FACTOR 1220703125ull /* 5^13 */
@@ -47,13 +54,15 @@ static const struct {
     {28, -4.295875165632e+03, -1.580732573678e+04},
 };
 
-/* What a thread finds. Eight bytes apart where threads share: field `f` of thread `t` is word f * threads + t. */
+/* What a worker finds. Eight bytes apart where they share: field `f` of worker `w` is word f * workers + w. */
 enum { SUM_X, SUM_Y, RINGS, FIELDS = RINGS + 10 };
 
-static unsigned threads = 2, log2pairs = 20;
-static volatile double *results[THREADS];
+static const char *const modes[] = {"processes", "threads", "shared"};
+enum { PROCESSES, THREADS, SHARED, MODES };
+
+static unsigned workers = 2, log2pairs = 20;
+static volatile double *results[WORKERS];
 static unsigned stride = 1;
-static atomic_uint next_block;
 
 /* The generator after `steps` steps from `from`. */
 static uint64_t jump(uint64_t from, uint64_t steps) {
@@ -68,10 +77,24 @@ static double draw(uint64_t *state) {
     return 2 * (double)*state * 0x1p-46 - 1;
 }
 
+/* Each on a processor of its own, as MPI binds them: a scheduler takes its time to spread what was begun on one. */
+static void stay(unsigned worker) {
+    cpu_set_t may, mine;
+    if (sched_getaffinity(0, sizeof may, &may) != 0)
+        return;
+    unsigned left = worker % CPU_COUNT(&may), processor = 0;
+    while (!CPU_ISSET(processor, &may) || left-- > 0)
+        processor++;
+    CPU_ZERO(&mine);
+    CPU_SET(processor, &mine);
+    sched_setaffinity(0, sizeof mine, &mine);
+}
+
 static void *work(void *argument) {
-    volatile double *result = results[(uintptr_t)argument];
-    unsigned blocks = 1u << (log2pairs - BLOCK), block;
-    while ((block = atomic_fetch_add(&next_block, 1)) < blocks) {
+    unsigned worker = (uintptr_t)argument, blocks = 1u << (log2pairs - BLOCK);
+    volatile double *result = results[worker];
+    stay(worker);
+    for (unsigned block = worker; block < blocks; block += workers) {
         uint64_t state = jump(SEED, 2 * ((uint64_t)block << BLOCK));
         for (unsigned i = 0; i < 1u << BLOCK; i++) {
             double x = draw(&state), y = draw(&state), square = x * x + y * y;
@@ -98,45 +121,77 @@ static int near(double found, double right) {
     return fabs((found - right) / right) < 1e-8;
 }
 
+static int failed(const char *what) {
+    perror(what);
+    return 2;
+}
+
+static int run_threads(void) {
+    pthread_t all[WORKERS];
+    for (unsigned i = 0; i < workers; i++)
+        if ((errno = pthread_create(&all[i], NULL, work, (void *)(uintptr_t)i)) != 0)
+            return failed("pthread_create");
+    for (unsigned i = 0; i < workers; i++)
+        pthread_join(all[i], NULL);
+    return 0;
+}
+
+static int run_processes(void) {
+    for (unsigned i = 0; i < workers; i++)
+        switch (fork()) {
+        case -1:
+            return failed("fork");
+        case 0: {
+            /* What others read it writes once, at the end. */
+            volatile double found[FIELDS] = {0}, *result = results[i];
+            results[i] = found;
+            work((void *)(uintptr_t)i);
+            for (unsigned field = 0; field < FIELDS; field++)
+                result[field] = found[field];
+            _exit(0);
+        }
+        }
+    for (unsigned i = 0; i < workers; i++) {
+        int status;
+        if (wait(&status) == -1 || status != 0)
+            return failed("wait");
+    }
+    return 0;
+}
+
 int main(int count, char **arguments) {
-    int shared = count > 3 && strcmp(arguments[3], "shared") == 0;
-    if (count > 1) threads = strtoul(arguments[1], NULL, 10);
+    unsigned mode = PROCESSES, of = 0, all = sizeof known / sizeof *known;
+    if (count > 1) workers = strtoul(arguments[1], NULL, 10);
     if (count > 2) log2pairs = strtoul(arguments[2], NULL, 10);
-    unsigned of = 0, all = sizeof known / sizeof *known;
+    if (count > 3)
+        for (mode = 0; mode < MODES && strcmp(arguments[3], modes[mode]) != 0;)
+            mode++;
     while (of < all && known[of].log2 != log2pairs)
         of++;
-    if (count > 4 || (count > 3 && !shared) || threads == 0 || threads > THREADS || of == all) {
-        fprintf(stderr, "usage: omega-ep [THREADS [LOG2PAIRS [shared]]], up to %u threads, 2^%u to 2^%u pairs\n", THREADS,
-                known[0].log2, known[all - 1].log2);
+    if (count > 4 || mode == MODES || workers == 0 || workers > WORKERS || of == all) {
+        fprintf(stderr, "usage: omega-ep [WORKERS [LOG2PAIRS [processes|threads|shared]]], up to %u workers, 2^%u to 2^%u pairs\n",
+                WORKERS, known[0].log2, known[all - 1].log2);
         return 2;
     }
-    int flags = MAP_PRIVATE | MAP_ANONYMOUS;
-    double *memory = mmap(NULL, (THREADS + 1) * 2 * PAGE, PROT_READ | PROT_WRITE, flags, -1, 0);
-    if (memory == MAP_FAILED) {
-        perror("mmap");
-        return 2;
-    }
-    stride = shared ? threads : 1;
-    for (unsigned i = 0; i < threads; i++)
-        results[i] = shared ? memory + i : memory + (i + 1) * 2 * PAGE / sizeof *memory;
+    double *memory =
+        mmap(NULL, (WORKERS + 1) * 2 * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED)
+        return failed("mmap");
+    stride = mode == SHARED ? workers : 1;
+    for (unsigned i = 0; i < workers; i++)
+        results[i] = mode == SHARED ? memory + i : memory + (i + 1) * 2 * PAGE / sizeof *memory;
     double began = now();
-    pthread_t workers[THREADS];
-    for (unsigned i = 0; i < threads; i++)
-        if (pthread_create(&workers[i], NULL, work, (void *)(uintptr_t)i) != 0) {
-            perror("pthread_create");
-            return 2;
-        }
-    for (unsigned i = 0; i < threads; i++)
-        pthread_join(workers[i], NULL);
+    int ran = mode == PROCESSES ? run_processes() : run_threads();
+    if (ran != 0)
+        return ran;
     double took = now() - began, sums[FIELDS] = {0}, pairs = 0;
-    for (unsigned i = 0; i < threads; i++)
+    for (unsigned i = 0; i < workers; i++)
         for (unsigned field = 0; field < FIELDS; field++)
             sums[field] += results[i][field * stride];
     for (unsigned ring = 0; ring < 10; ring++)
         pairs += sums[RINGS + ring];
     int right = near(sums[SUM_X], known[of].x) && near(sums[SUM_Y], known[of].y);
-    printf("omega-ep: %s threads=%u pairs=%llu inside=%.0f x=%.12e y=%.12e seconds=%.2f %s\n",
-           shared ? "shared" : "private", threads, 1ull << log2pairs, pairs, sums[SUM_X], sums[SUM_Y], took,
-           right ? "verified" : "WRONG");
+    printf("omega-ep: %s workers=%u pairs=%llu inside=%.0f x=%.12e y=%.12e seconds=%.2f %s\n", modes[mode], workers,
+           1ull << log2pairs, pairs, sums[SUM_X], sums[SUM_Y], took, right ? "verified" : "WRONG");
     return right ? 0 : 1;
 }

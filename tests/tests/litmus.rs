@@ -104,12 +104,17 @@ fn every_test_notices_a_machine_that_breaks_its_rule() {
 }
 
 #[test]
-fn the_parallel_programs_sums_do_not_depend_on_its_threads() {
+fn the_parallel_programs_sums_do_not_depend_on_its_workers() {
     let folder = tempfile::tempdir().expect("a folder");
     let program = compile(folder.path(), "omega-ep", &[Path::new(SOURCES).join("ep/omega-ep.c")]);
-    for arguments in
-        [&["1", "18"][..], &["2", "18"], &["3", "20"], &["2", "18", "shared"], &["3", "16", "shared"]]
-    {
+    for arguments in [
+        &["1", "18"][..],
+        &["2", "18"],
+        &["3", "20", "processes"],
+        &["3", "20", "threads"],
+        &["2", "18", "shared"],
+        &["3", "16", "shared"],
+    ] {
         let (code, said) = run(&program, arguments);
         assert!(code == Some(0) && said.trim().ends_with("verified"), "{arguments:?}: {said}");
     }

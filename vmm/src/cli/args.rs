@@ -85,6 +85,9 @@ pub enum Command {
     /// Memory on other PCs of guests that run.
     #[command(subcommand)]
     Memory(Memory),
+    /// Which PCs run the vCPUs of guests that run.
+    #[command(subcommand)]
+    Cpu(Cpu),
     /// Invite PCs into the household, list and revoke them. Works on the PC where the household began.
     #[command(subcommand)]
     Node(Node),
@@ -396,6 +399,46 @@ pub struct MemoryAdd {
     /// Speak plain TCP with an agent that has no identity.
     #[arg(long)]
     pub insecure: bool,
+}
+
+/// `omega cpu`.
+#[derive(Debug, Subcommand)]
+pub enum Cpu {
+    /// Move a vCPU of a running guest to another PC.
+    ///
+    /// The guest stands still for a moment. `omega status` shows which PCs run which vCPUs. vCPU 0 stays where the
+    /// guest's devices are. The guest's configuration stays as it is: its next start is as that says.
+    Move(CpuMove),
+    /// Move all vCPUs of a running guest away from a PC.
+    ///
+    /// They go to the other PCs that lend the guest vCPUs as long as those have room, and then to the one that runs its
+    /// devices. Memory that the PC is home to stays there: it is a part of the guest until that ends.
+    Drain(CpuDrain),
+}
+
+/// `omega cpu move`.
+#[derive(Debug, Args)]
+pub struct CpuMove {
+    /// The guest's name.
+    #[arg(value_name = "GUEST")]
+    pub guest: String,
+    /// The vCPU's number, from 1.
+    #[arg(value_name = "VCPU")]
+    pub vcpu: u8,
+    /// The PC, as `[[cpu.place]]` of the guest's configuration calls it; `console` is the one that runs its devices.
+    #[arg(value_name = "NODE")]
+    pub node: String,
+}
+
+/// `omega cpu drain`.
+#[derive(Debug, Args)]
+pub struct CpuDrain {
+    /// The guest's name.
+    #[arg(value_name = "GUEST")]
+    pub guest: String,
+    /// The PC, as `[[cpu.place]]` of the guest's configuration calls it.
+    #[arg(value_name = "NODE")]
+    pub node: String,
 }
 
 /// `omega node drain`.

@@ -12,7 +12,7 @@ use super::runtime::{self, Folder};
 use super::{Failure, args, show};
 use crate::control::client::{Client, Error as ClientError};
 use crate::control::protocol::Command;
-use crate::control::{Counters, Error as Refusal, State, Status, Waiting};
+use crate::control::{Counters, Error as Refusal, State, Status, VcpuPlace, Waiting};
 
 /// How long a guest may take to answer what it answers at once.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -85,6 +85,7 @@ fn silent(folder: &Folder, pid: u32) -> Status {
         uptime_ms: 0,
         resets: 0,
         waits_for: None,
+        places: Vec::new(),
         devices: Vec::new(),
     }
 }
@@ -133,19 +134,25 @@ pub(super) fn status(args: &args::Status) -> Result<(), Failure> {
 }
 
 fn table(status: &Status, counters: &Counters) -> String {
-    let Status { name, pid, state: now, vcpus, memory, balloon, uptime_ms, resets, waits_for, devices } =
-        status;
+    let Status { name, pid, state: now, vcpus, memory, balloon, uptime_ms, resets, .. } = status;
     let mut text = format!("name      {name}\nstate     {}\nprocess   {pid}\n", state(*now));
-    if let Some(waiting) = waits_for {
+    if let Some(waiting) = &status.waits_for {
         let _ = writeln!(text, "waits for {}", waits(waiting));
     }
     // Writing to a text cannot fail.
-    let _ = write!(text, "vcpus     {vcpus}\nmemory    {memory}\n");
+    let _ = writeln!(text, "vcpus     {vcpus}");
+    for VcpuPlace { node, vcpus, room } in &status.places {
+        let which: Vec<_> = vcpus.iter().map(u8::to_string).collect();
+        let which = if which.is_empty() { "none".to_owned() } else { which.join(", ") };
+        let room = room.map_or(String::new(), |room| format!(" (room for {room})"));
+        let _ = writeln!(text, "  on {}: {which}{room}", harmless(node));
+    }
+    let _ = writeln!(text, "memory    {memory}");
     if let Some(balloon) = balloon {
         let _ = writeln!(text, "balloon   {balloon}");
     }
     let _ = write!(text, "uptime    {}\nresets    {resets}\n", uptime(*uptime_ms));
-    for device in devices {
+    for device in &status.devices {
         let _ = writeln!(text, "{:9} {} ({})", device.name, device.about, device.kind);
     }
     for (group, counters) in counters {

@@ -3,6 +3,7 @@
 pub mod args;
 mod attach;
 mod ca;
+mod cpu;
 mod credentials;
 mod drain;
 mod generate;
@@ -110,6 +111,7 @@ fn obey(command: Command) -> Result<(), Failure> {
         Command::Validate(args) => validate::validate(&args),
         Command::Ca(args::Ca::Init(args)) => ca::init(&args),
         Command::Memory(args::Memory::Add(args)) => memory::add(&args),
+        Command::Cpu(args) => cpu::obey(&args),
         Command::Node(args) => node::obey(&args),
         Command::Join(args) => join::join(&args),
         Command::Schema => show(&schema()),

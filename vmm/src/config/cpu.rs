@@ -7,13 +7,15 @@ use serde::{Deserialize, Serialize};
 
 use super::toml_file::{Checker, KeyPath};
 use super::{Guest, Transport, peer};
-use crate::memory::coherence::message::Member;
+use crate::memory::coherence::message::{MEMBERS, Member};
 use crate::units::{Bytes, Span};
 
 /// The most vCPUs of a guest.
 pub const MOST_CPUS: u8 = 64;
-/// How many other PCs may run vCPUs of a guest. The types have room for more, the machine for this version's.
-const MOST_PLACES: usize = 1;
+/// How many other PCs may run vCPUs of a guest.
+const MOST_PLACES: usize = MEMBERS - 1;
+/// What the PC that `omega run` runs on is called among those that run vCPUs.
+pub const CONSOLE: &str = "console";
 /// The most RAM of a guest on several PCs: each of them needs room for all of it.
 const MOST_SPANNING: Bytes = Bytes(64 << 30);
 
@@ -53,9 +55,13 @@ pub enum InterruptControllers {
 pub struct Place {
     /// The PC's name: that in its agent's certificate, and the one that commands and messages call it by.
     pub node: String,
-    /// How many vCPUs it runs.
+    /// How many vCPUs it runs when the guest starts.
     #[schemars(range(min = 1, max = 63))]
     pub count: u8,
+    /// How many it may run, should others be moved there (`omega cpu move`); by default `count`.
+    #[serde(default)]
+    #[schemars(range(min = 1, max = 63))]
+    pub room: Option<u8>,
     /// The agent, `host` or `host:port`; by default the host `node`. The port is 7420 by default.
     #[serde(default)]
     pub agent: Option<String>,
@@ -78,6 +84,12 @@ impl Place {
     #[must_use]
     pub fn agent(&self) -> &str {
         self.agent.as_deref().unwrap_or(&self.node)
+    }
+
+    /// How many vCPUs it may run.
+    #[must_use]
+    pub fn room(&self) -> u8 {
+        self.room.unwrap_or(self.count)
     }
 }
 
@@ -180,7 +192,7 @@ pub(super) fn check(guest: &Guest, checker: &mut Checker<'_>) {
     let key = key.key("place");
     let elsewhere: u32 = cpu.place.iter().map(|place| u32::from(place.count)).sum();
     if cpu.place.len() > MOST_PLACES {
-        let what = format!("this version runs vCPUs on one other PC, not on {}", cpu.place.len());
+        let what = format!("are {} PCs; vCPUs run on {MOST_PLACES} others at most", cpu.place.len());
         checker.wrong(&key, what);
     } else if sound && elsewhere >= u32::from(cpu.count) {
         let what = format!(
@@ -201,6 +213,14 @@ fn one(place: &Place, key: &KeyPath, checker: &mut Checker<'_>) -> bool {
     }
     if place.count == 0 {
         checker.wrong(&key.key("count"), "must be from 1 to 63, not 0");
+    }
+    if place.room.is_some_and(|room| !(place.count..MOST_CPUS).contains(&room)) {
+        let what = format!("must be from `count`, which is {}, to {}", place.count, MOST_CPUS - 1);
+        checker.wrong(&key.key("room"), what);
+    }
+    if place.node == CONSOLE {
+        let what = format!("`{CONSOLE}` is the PC that runs the guest's devices; give this one another name");
+        checker.wrong(&key.key("node"), what);
     }
     place.count > 0
 }

@@ -343,9 +343,15 @@ fn vcpus_on_other_pcs_are_named_where_they_cannot_be() {
             &["guest.toml:6:28: key `cpu.place[0].count`: must be from 1 to 63, not 0"],
         ),
         (
+            "[cpu]\ncount = 4\nplace = [{ node = 'console', count = 2, room = 1 }]\n",
+            &[
+                "guest.toml:6:12: key `cpu.place[0].node`: `console` is the PC that runs the guest's devices; give this one another name",
+                "guest.toml:6:41: key `cpu.place[0].room`: must be from `count`, which is 2, to 63",
+            ],
+        ),
+        (
             &format!("[cpu]\ncount = 4\n{attic}{attic}"),
             &[
-                "guest.toml:6:7: key `cpu.place`: this version runs vCPUs on one other PC, not on 2",
                 "guest.toml:10:1: key `cpu.place[1].node`: `attic` is a place already; give it a larger `count`",
             ],
         ),
@@ -353,10 +359,7 @@ fn vcpus_on_other_pcs_are_named_where_they_cannot_be() {
             &format!(
                 "[cpu]\ncount = 4\n{attic}agent = '10.0.0.2'\n[[cpu.place]]\nnode = 'loft'\nagent = '10.0.0.2'\ncount = 1\n"
             ),
-            &[
-                "guest.toml:6:7: key `cpu.place`: this version runs vCPUs on one other PC, not on 2",
-                "guest.toml:12:1: key `cpu.place[1].agent`: `10.0.0.2` is another place's agent already",
-            ],
+            &["guest.toml:12:1: key `cpu.place[1].agent`: `10.0.0.2` is another place's agent already"],
         ),
         (
             "[cpu]\ncount = 2\nplace = [{ node = 'Attic', agent = 'a b', count = 1, transport = 'rdma', require_encryption = true, patience = '0s' }]\n",

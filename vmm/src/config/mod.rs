@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::units::{Bytes, Span};
 
-pub use cpu::{Cpu, InterruptControllers, MOST_CPUS, Place, Placement};
+pub use cpu::{CONSOLE, Cpu, InterruptControllers, MOST_CPUS, Place, Placement};
 pub use memory::{Compress, Helper, Memory, NumaNode, OnLoss};
 pub use peer::Peer;
 pub use toml_file::{Mistake, Mistakes};

@@ -83,6 +83,20 @@ pub trait Controlled: Send + Sync {
     /// one line that says why.
     fn add_helper(&self, helper: &crate::config::Helper) -> Result<(), Error>;
 
+    /// Moves the vCPU `vcpu` to the PC `node` (as in [`Status::places`]); the guest stands still meanwhile. Does nothing if
+    /// it is there.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] of a guest whose vCPUs are all here for good; [`Error::Failed`] if it cannot be there: it is
+    /// where it was.
+    fn move_vcpu(&self, vcpu: u8, node: &str) -> Result<(), Error>;
+
+    /// Moves all vCPUs of the PC `node` to others of the guest's. Returns how many.
+    ///
+    /// # Errors
+    /// As [`Controlled::move_vcpu`].
+    fn drain_vcpus(&self, node: &str) -> Result<usize, Error>;
+
     /// Asks the guest to give up `target` bytes of its RAM through the balloon. Returns at once.
     ///
     /// # Errors
@@ -141,9 +155,24 @@ pub struct Status {
     /// The helper that the guest stands still for, without having been asked to; none of a guest that does not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub waits_for: Option<Waiting>,
+    /// Which PCs run its vCPUs; nothing of a guest all of whose vCPUs are here for good.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub places: Vec<VcpuPlace>,
     /// Its devices, in the order in which the guest sees them.
     #[serde(default)]
     pub devices: Vec<DeviceStatus>,
+}
+
+/// A PC that may run vCPUs of a guest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VcpuPlace {
+    /// What it is called in the configuration; `console` is the PC that runs the guest's devices.
+    pub node: String,
+    /// The vCPUs that it runs now.
+    pub vcpus: Vec<u8>,
+    /// How many it may run; none: any number.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub room: Option<u8>,
 }
 
 /// Why a guest stands still: it needs memory that is on a PC which is away. It goes on by itself.

@@ -58,6 +58,18 @@ pub enum Command {
         /// As `[[memory.helper]]` of a configuration has it.
         helper: Box<crate::config::Helper>,
     },
+    /// Moves a vCPU to another PC; answers when it is there.
+    CpuMove {
+        /// Its number.
+        vcpu: u8,
+        /// The PC, as in the guest's status.
+        node: String,
+    },
+    /// Moves all vCPUs of a PC to others; answers with how many they were.
+    CpuDrain {
+        /// The PC, as in the guest's status.
+        node: String,
+    },
     /// Moves the balloon.
     Balloon {
         /// What the guest is asked to give up.
@@ -79,7 +91,13 @@ impl Command {
     pub(super) fn may_wait(&self) -> bool {
         matches!(
             self,
-            Self::Pause | Self::Resume | Self::SaveState | Self::Balloon { .. } | Self::MemoryAdd { .. }
+            Self::Pause
+                | Self::Resume
+                | Self::SaveState
+                | Self::Balloon { .. }
+                | Self::MemoryAdd { .. }
+                | Self::CpuMove { .. }
+                | Self::CpuDrain { .. }
         )
     }
 }

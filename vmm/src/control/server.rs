@@ -105,6 +105,8 @@ fn wait(machine: &dyn Controlled, command: &Command) -> Result<serde_json::Value
         Command::SaveState => machine.save_state(),
         Command::Balloon { target } => machine.set_balloon(*target).map(nothing),
         Command::MemoryAdd { helper } => machine.add_helper(helper).map(nothing),
+        Command::CpuMove { vcpu, node } => machine.move_vcpu(*vcpu, node).map(nothing),
+        Command::CpuDrain { node } => machine.drain_vcpus(node).map(Into::into),
         other => Err(Error::Invalid(format!("{other:?} does not wait"))),
     }
 }

@@ -42,6 +42,7 @@ impl Controlled for Machine {
             uptime_ms: 1,
             resets: 0,
             waits_for: None,
+            places: Vec::new(),
             devices: Vec::new(),
         }
     }
@@ -97,6 +98,16 @@ impl Controlled for Machine {
     fn add_helper(&self, helper: &crate::config::Helper) -> Result<(), Error> {
         self.note(format!("add {}", helper.agent));
         Ok(())
+    }
+
+    fn move_vcpu(&self, vcpu: u8, node: &str) -> Result<(), Error> {
+        self.note(format!("move {vcpu} to {node}"));
+        Ok(())
+    }
+
+    fn drain_vcpus(&self, node: &str) -> Result<usize, Error> {
+        self.note(format!("drain {node} of vCPUs"));
+        Ok(2)
     }
 
     fn set_balloon(&self, target: Bytes) -> Result<(), Error> {

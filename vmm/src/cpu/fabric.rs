@@ -114,6 +114,31 @@ impl Switch {
         }
     }
 
+    /// Hands `message` to `targets`, wherever they are.
+    pub fn deliver(&self, targets: Targets, message: &Message) {
+        self.read().deliver(targets, message);
+    }
+
+    /// Hands `message`, which the member behind `from` has routed, to those of `targets` that are not over there: on
+    /// the console node, by which members reach each other.
+    pub fn pass_on(&self, targets: Targets, message: &Message, from: &Arc<dyn Elsewhere>) {
+        let apics = self.read();
+        let others = apics.views.iter().zip(&apics.places).filter(|(_, place)| match place {
+            Place::Here(_) => true,
+            Place::Elsewhere(way) => !Arc::ptr_eq(way, from),
+        });
+        let others = others.map(|(view, _)| view.id).filter(|id| targets.contains(*id)).collect();
+        apics.deliver(others, message);
+    }
+
+    /// Says where a known APIC is from now on; what is known of it stays.
+    pub fn place(&self, id: ApicId, place: Place) {
+        let mut apics = self.write();
+        if let Some(at) = apics.at(id) {
+            apics.places[at] = place;
+        }
+    }
+
     /// The PIC's output, which is wired to the bootstrap processor.
     pub fn set_lint0(&self, id: ApicId, high: bool) {
         let apics = self.read();

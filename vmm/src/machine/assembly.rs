@@ -16,6 +16,7 @@ use transport::metrics::Metrics;
 
 use super::parts::{Counters, Device, Parts, lock};
 use super::processor::VcpuState;
+use super::vcpus::Threads;
 use super::{Error, Machine, Options, cards, controllers, disks, paging, peripherals, spanning};
 use crate::config;
 use crate::console::Hub;
@@ -136,6 +137,8 @@ pub(super) fn assemble(guest: &config::Guest, options: &Options) -> Result<Machi
     if let (Some(spanning), Some(first)) = (&spanning, vcpus.first()) {
         spanning.keep_time(lock(first).tsc_offset()?)?;
     }
+    // What firmware sets is part of what a reset goes back to: a vCPU may be on another PC by then.
+    vcpus.iter().try_for_each(|vcpu| lock(vcpu).set_up())?;
     let cpus =
         vcpus.iter().map(|vcpu| lock(vcpu).save().map(VcpuState::without_clock)).collect::<Result<_, _>>()?;
     let power_on = (cpus, partition.save()?.without_clock());
@@ -148,6 +151,7 @@ pub(super) fn assemble(guest: &config::Guest, options: &Options) -> Result<Machi
         exits: (0..count).map(|_| AtomicU64::new(0)).collect(),
         buses: assembly.buses,
         gang: Gang::new(count.into()),
+        threads: Threads::default(),
         devices: assembly.devices,
         pm,
         balloon,

@@ -9,12 +9,14 @@ use serde::Serialize;
 use super::paging::Paging;
 use super::parts::{Parts, lock};
 use super::processor::VcpuState;
+use super::spanning::{Refused, Spanning};
 use super::{Error, Exit};
 use crate::config;
 use crate::control::{
     self, Controlled, Counters, DeviceStatus, HelperStatus, MemoryStatus, Peers, State, Status, Waiting,
 };
 use crate::kvm::PartitionState;
+use crate::memory::coherence::message::Member;
 use crate::units::Bytes;
 
 /// The version of the saved state's layout.
@@ -57,6 +59,44 @@ impl Controller {
     }
 }
 
+impl Controller {
+    /// Moves vCPUs as `plan` says, while the guest stands still; how many that are.
+    fn move_vcpus(
+        &self,
+        plan: impl FnOnce(&Spanning) -> Result<Vec<(u8, Member)>, Refused>,
+    ) -> Result<usize, control::Error> {
+        let parts = &self.parts;
+        let Some(spanning) = &parts.spanning else {
+            return Err(control::Error::Unsupported(
+                "its vCPUs are all on this PC (`[[cpu.place]]` in its configuration names others that may run them)"
+                    .into(),
+            ));
+        };
+        let _life = lock(&parts.life);
+        let plan = plan(spanning).map_err(failed)?;
+        let runs = parts.state() == State::Running;
+        if runs {
+            parts.pause().map_err(failed)?;
+        }
+        let waiting = lock(&parts.held).waiting();
+        if let Some(waiting) = waiting {
+            // It stands still for a helper, and goes on by itself if it did before.
+            if runs {
+                let _ = parts.want_paused(false);
+            }
+            return Err(stands_still(&waiting));
+        }
+        if parts.state() != State::Paused {
+            return Err(self.not_now());
+        }
+        let moved = parts.move_vcpus(&plan);
+        if runs {
+            parts.resume().map_err(failed)?;
+        }
+        moved.map(|()| plan.len()).map_err(failed)
+    }
+}
+
 fn stands_still(waiting: &Waiting) -> control::Error {
     let Waiting { helper, why, .. } = waiting;
     control::Error::NotNow(format!(
@@ -87,6 +127,7 @@ impl Controlled for Controller {
             uptime_ms: parts.started.elapsed().as_millis() as u64,
             resets: parts.resets.load(Ordering::Relaxed),
             waits_for: lock(&parts.held).waiting(),
+            places: parts.spanning.as_ref().map(Spanning::places).unwrap_or_default(),
             devices: parts.devices.iter().map(describe).collect(),
         }
     }
@@ -188,6 +229,24 @@ impl Controlled for Controller {
 
     fn add_helper(&self, helper: &config::Helper) -> Result<(), control::Error> {
         self.paging()?.add(helper.clone()).map_err(control::Error::Failed)
+    }
+
+    fn move_vcpu(&self, vcpu: u8, node: &str) -> Result<(), control::Error> {
+        self.move_vcpus(|spanning| {
+            let to = spanning.member(node)?;
+            spanning.may_go(vcpu, to)?;
+            Ok(vec![(vcpu, to)])
+        })
+        .map(drop)
+    }
+
+    fn drain_vcpus(&self, node: &str) -> Result<usize, control::Error> {
+        self.move_vcpus(|spanning| {
+            if node == config::CONSOLE {
+                return Err(Refused::First);
+            }
+            Ok(spanning.without(spanning.member(node)?))
+        })
     }
 
     fn set_balloon(&self, target: Bytes) -> Result<(), control::Error> {

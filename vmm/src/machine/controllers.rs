@@ -59,10 +59,6 @@ pub(super) fn vcpus(
         spanning.connect(board);
     }
     let vcpu = |index| {
-        let far = || spanning?.vcpu(index, board?);
-        if let Some(far) = far() {
-            return Ok(Mutex::new(far));
-        }
         let core = partition.vcpu(index)?;
         let vcpu: Box<dyn Vcpu> = match board {
             None => Box::new(core),
@@ -72,7 +68,11 @@ pub(super) fn vcpus(
                 board.switch().put(LocalApic::new(id, bootstrap).view(), Place::Here(Arc::clone(&inbox)));
                 let ours = || Arc::clone(board) as Arc<dyn Fabric>;
                 let fabric = spanning.map_or_else(ours, |spanning| spanning.fabric(board));
-                Box::new(ApicCpu::new(core, id, bootstrap, inbox, fabric, Arc::clone(board.clock())))
+                let cpu = ApicCpu::new(core, id, bootstrap, inbox, fabric, Arc::clone(board.clock()));
+                match spanning {
+                    None => Box::new(cpu),
+                    Some(spanning) => spanning.vcpu(index, board, Box::new(cpu)),
+                }
             }
         };
         Ok(Mutex::new(vcpu))

@@ -24,19 +24,19 @@ const ABRUPT: Duration = Duration::from_secs(8);
 const LOOK: Duration = Duration::from_millis(100);
 
 /// Ends the machine that came to `exit`.
-pub(super) fn end(parts: &Arc<Parts>, threads: &Threads, keeper: JoinHandle<()>, exit: &Result<Exit, Error>) {
+pub(super) fn end(parts: &Arc<Parts>, keeper: JoinHandle<()>, exit: &Result<Exit, Error>) {
     parts.set_state(State::Ending);
     parts.gang.end();
     let abrupt = matches!(exit, Ok(Exit::Killed | Exit::MemoryLost));
     if parts.paging.is_some() || parts.spanning.is_some() {
-        paged(parts, threads, abrupt);
+        paged(parts, abrupt);
         return;
     }
     if abrupt {
         // A device may be waiting for something that never comes; the process's end frees it all.
         return;
     }
-    for thread in threads.take() {
+    for thread in parts.threads.take() {
         let _ = thread.join();
     }
     drop(keeper);
@@ -45,9 +45,9 @@ pub(super) fn end(parts: &Arc<Parts>, threads: &Threads, keeper: JoinHandle<()>,
 }
 
 /// Ends a machine with memory on other PCs, on a thread of its own: anything may hang in a page fault.
-fn paged(parts: &Arc<Parts>, threads: &Threads, abrupt: bool) {
+fn paged(parts: &Arc<Parts>, abrupt: bool) {
     let (tell, told) = channel();
-    let (all, vcpus) = (Arc::clone(parts), threads.clone());
+    let (all, vcpus) = (Arc::clone(parts), parts.threads.clone());
     let body = move || {
         let still = vcpus.ended_within(if abrupt { VCPUS } else { Duration::MAX });
         if drain(&all) && still {

@@ -211,7 +211,7 @@ impl Machine {
     /// The guest cannot be started or go on.
     pub fn run(self) -> Result<Exit, Error> {
         let Self { parts, events, end } = self;
-        let threads = vcpus::start(&parts)?;
+        vcpus::start(&parts)?;
         let keeper = keeper::start(&parts, events)?;
         paging::watch(&parts)?;
         spanning::watch(&parts)?;
@@ -221,7 +221,7 @@ impl Machine {
         confine(Role::Main).map_err(Error::Thread)?;
         // The sender lives in `parts`.
         let exit = end.recv().unwrap_or(Ok(Exit::Killed));
-        ending::end(&parts, &threads, keeper, &exit);
+        ending::end(&parts, keeper, &exit);
         exit
     }
 }

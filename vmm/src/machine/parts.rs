@@ -14,6 +14,7 @@ use super::controllers::Vcpus;
 use super::paging::{Held, Paging};
 use super::processor::VcpuState;
 use super::spanning::Spanning;
+use super::vcpus::Threads;
 use super::{Error, Exit};
 use crate::acpi;
 use crate::config;
@@ -49,6 +50,7 @@ pub(super) struct Parts {
     pub(super) exits: Vec<AtomicU64>,
     pub(super) buses: Buses,
     pub(super) gang: Gang,
+    pub(super) threads: Threads,
     pub(super) devices: Vec<Device>,
     pub(super) pm: Arc<Pm>,
     pub(super) balloon: Option<balloon::Control>,
@@ -113,12 +115,10 @@ impl Parts {
         let memory = self.ram.memory();
         let count = self.vcpus.len() as u8;
         let begun = Instant::now();
-        let (nodes, distances) = numa::seen(&self.guest, |_, _| None);
+        let trip = |one, other| self.spanning.as_ref()?.round_trip(one, other);
+        let (nodes, distances) = numa::seen(&self.guest, trip);
         let rsdp = acpi::write(memory, &self.layout, count, &nodes, &distances)?;
         let entry = lock(&self.kernel).load(memory, &self.layout, rsdp)?;
-        for vcpu in &self.vcpus {
-            lock(vcpu).set_up()?;
-        }
         if let Some(first) = self.vcpus.first() {
             lock(first).boot(&entry, memory)?;
         }

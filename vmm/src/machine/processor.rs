@@ -4,7 +4,7 @@ use devices::GuestMemory;
 use serde::{Deserialize, Serialize};
 
 use super::Error;
-use crate::cpu::{ApicCpu, ApicState, Core, Kick, Processor};
+use crate::cpu::{ApicCpu, ApicState, Core, Kick, Place, Processor};
 use crate::kvm::{self, Attached, CpuState};
 use crate::loader::Entry;
 
@@ -39,6 +39,16 @@ pub(crate) trait Vcpu: Processor + Send {
     fn tsc_offset(&self) -> Result<u64, Error> {
         Ok(0)
     }
+    /// Makes it so.
+    fn set_tsc_offset(&mut self, _offset: u64) -> Result<(), Error> {
+        Ok(())
+    }
+    /// Where others reach its local APIC, if that is not the kernel's.
+    fn place(&self) -> Option<Place> {
+        None
+    }
+    /// It runs somewhere else from now on.
+    fn leave(&mut self) {}
     /// Sets what firmware sets on every processor.
     fn set_up(&mut self) -> Result<(), Error>;
     /// Puts it at a kernel's entry point.
@@ -90,6 +100,14 @@ impl Vcpu for ApicCpu<kvm::Vcpu> {
 
     fn tsc_offset(&self) -> Result<u64, Error> {
         Ok(self.core().tsc_offset()?)
+    }
+
+    fn set_tsc_offset(&mut self, offset: u64) -> Result<(), Error> {
+        Ok(self.core_mut().set_tsc_offset(offset)?)
+    }
+
+    fn place(&self) -> Option<Place> {
+        Some(Place::Here(std::sync::Arc::clone(self.inbox())))
     }
 
     fn save(&mut self) -> Result<VcpuState, Error> {

@@ -12,8 +12,8 @@ use super::parts::{Parts, lock};
 use crate::cpu::{self, Kick};
 use crate::kvm::{install_kick_handler, kick_signal};
 
-/// The threads of a machine's vCPUs.
-#[derive(Clone)]
+/// The threads of a machine's vCPUs. Clones are the same.
+#[derive(Clone, Default)]
 pub(super) struct Threads(Arc<Mutex<Vec<JoinHandle<()>>>>);
 
 impl Threads {
@@ -28,12 +28,10 @@ impl Threads {
     }
 }
 
-/// Starts one thread for each vCPU; they wait until the gang runs.
-pub(super) fn start(parts: &Arc<Parts>) -> Result<Threads, Error> {
-    install_kick_handler().map_err(Error::Thread)?;
-    let threads = Threads(Arc::default());
+/// Says how vCPUs are made to leave guest code: to be said again when one of them is run by something else.
+pub(super) fn set_kick(parts: &Parts) {
     let kicks: Vec<Option<Kick>> = parts.vcpus.iter().map(|vcpu| lock(vcpu).kick()).collect();
-    let kicked = threads.clone();
+    let kicked = parts.threads.clone();
     parts.gang.set_kick(Box::new(move || {
         kicks.iter().flatten().for_each(|kick| kick());
         for (thread, _) in lock(&kicked.0).iter().zip(&kicks).filter(|(_, kick)| kick.is_none()) {
@@ -41,13 +39,19 @@ pub(super) fn start(parts: &Arc<Parts>) -> Result<Threads, Error> {
             let _ = thread.kill(kick_signal());
         }
     }));
+}
+
+/// Starts one thread for each vCPU; they wait until the gang runs.
+pub(super) fn start(parts: &Arc<Parts>) -> Result<(), Error> {
+    install_kick_handler().map_err(Error::Thread)?;
+    set_kick(parts);
     for index in 0..parts.vcpus.len() {
-        let parts = Arc::clone(parts);
-        let thread =
-            spawn(Role::Vcpu, &format!("vcpu{index}"), move || body(&parts, index)).map_err(Error::Thread)?;
-        lock(&threads.0).push(thread);
+        let theirs = Arc::clone(parts);
+        let thread = spawn(Role::Vcpu, &format!("vcpu{index}"), move || body(&theirs, index))
+            .map_err(Error::Thread)?;
+        lock(&parts.threads.0).push(thread);
     }
-    Ok(threads)
+    Ok(())
 }
 
 /// Tells the log when the guest's first instruction is about to run (`OMEGA_LOG=start=debug`): on the

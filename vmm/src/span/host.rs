@@ -12,6 +12,7 @@ use transport::line::{Hear, MOST_PAYLOAD, Sender};
 
 use super::features::Features;
 use super::protocol::{Create, Moment, Part, ToConsole, ToHelper};
+use super::relay::{self, Up};
 use super::share::gather;
 use super::steering::Steering;
 use crate::cpu::{
@@ -21,21 +22,20 @@ use crate::kvm::tsc::{Abilities, Rate};
 use crate::kvm::{self, Partition, install_kick_handler};
 use crate::machine::processor::{self, Vcpu as _, VcpuState};
 use crate::memory::coherence::message::{Member, Members};
-use crate::memory::coherence::{self, Engine, Homes, Lines};
+use crate::memory::coherence::{self, Engine, Homes};
 use crate::memory::frames::Pieces;
 use crate::memory::{Backing, Layout, Ram};
 use crate::units::Bytes;
 
 /// How long vCPUs may take to leave guest code at the end.
 const LEAVING: Duration = Duration::from_secs(2);
-const CONSOLE: u8 = 0;
 
 /// What a guest may have here at most.
 #[derive(Clone, Debug)]
 pub struct Terms {
     /// Later leases have greater ones.
     pub epoch: u64,
-    /// How many vCPUs.
+    /// How many vCPUs at once.
     pub cpus: u8,
     /// How much RAM in bytes.
     pub ram: u64,
@@ -55,6 +55,8 @@ const MOST_ORDERS: usize = 4;
 /// What the line's thread and the vCPU's thread share.
 struct Seat {
     number: u8,
+    /// It runs here, and not with another member.
+    here: AtomicBool,
     inbox: Arc<Inbox>,
     orders: Mutex<VecDeque<Order>>,
     ordered: Condvar,
@@ -66,11 +68,15 @@ struct Seat {
     parts: Mutex<Vec<u8>>,
 }
 
-/// The vCPUs of one guest at this PC, until they are dropped.
+/// The vCPUs of one guest at this PC, until they are dropped. There is a seat for each vCPU of the guest, since each may
+/// come: KVM makes a vCPU once, and keeps it as long as the partition.
 struct Running {
+    /// So many may be here.
+    most: u8,
     seats: Vec<Arc<Seat>>,
     threads: Vec<JoinHandle<()>>,
     switch: Arc<Switch>,
+    elsewhere: Arc<dyn Elsewhere>,
     clock: Arc<Clock>,
     member: Member,
     ear: coherence::Ear,
@@ -206,7 +212,7 @@ impl Host {
             Phase::Running(_) => return Err("vCPUs that are there already".to_owned()),
             Phase::Over => return Ok(()),
         }
-        if create.here.len() > self.terms.cpus.into() || create.ram > self.terms.ram {
+        if create.here().len() > self.terms.cpus.into() || create.ram > self.terms.ram {
             return Err("more than was asked for".to_owned());
         }
         let host = Arc::downgrade(self);
@@ -215,7 +221,7 @@ impl Host {
                 host.fail(why);
             }
         });
-        let running = Running::new(create, &features, &self.sender, &self.memory, broken)
+        let running = Running::new(create, self.terms.cpus, &features, &self.sender, &self.memory, broken)
             .map_err(|error| error.to_string())?;
         *phase = Phase::Running(Box::new(running));
         drop(phase);
@@ -252,8 +258,8 @@ impl Hear for MemoryEar {
             Phase::Running(running) => running.ear.clone(),
             Phase::Waiting | Phase::Over => return,
         };
-        if let Some(console) = Member::new(CONSOLE) {
-            ear.hear(console, body, payload);
+        if let Err(why) = relay::came_down(&ear, body, payload) {
+            self.0.fail(why);
         }
     }
 
@@ -287,18 +293,10 @@ enum Unmade {
     Members,
 }
 
-/// The way to the other members' memory: all by the console node.
-struct Down(Sender);
-
-impl Lines for Down {
-    fn send(&self, _to: Member, body: &[u8], content: Option<Buffer>) {
-        self.0.send(body, content);
-    }
-}
-
 impl Running {
     fn new(
         create: &Create,
+        most: u8,
         features: &Features,
         sender: &Sender,
         memory: &Sender,
@@ -308,59 +306,75 @@ impl Running {
         let layout = Layout::new(Bytes(create.ram), create.address_bits).ok_or_else(unfit)?;
         let ram = Ram::new(&layout, Backing::Shared)?;
         let options = options(create).ok_or(Unmade::Members)?;
-        let down = Arc::new(Down(memory.clone()));
-        let engine = Engine::start(&ram, &options, down, broken, Vec::new())?;
+        let engine = Engine::start(&ram, &options, Arc::new(Up(memory.clone())), broken, Vec::new())?;
         let abilities = Abilities::of_this_pc()?;
         if let Some(why) = abilities.refusal("its node", create.tsc_khz) {
             return Err(Unmade::Clock(why));
         }
         let rate = Rate { host_khz: abilities.khz, guest_khz: create.tsc_khz };
-        let counts = counts(create).ok_or(Unmade::Members)?;
-        let partition = Partition::spanning(ram.memory().clone(), features, &counts, create.tsc_khz)?;
+        let partition = Partition::spanning(ram.memory().clone(), features, &create.counts, create.tsc_khz)?;
         install_kick_handler()?;
         let switch = Arc::new(Switch::default());
-        let clock = Arc::new(Clock::saying(Nanos(0)));
-        let ear = engine.ear();
-        let fabric = Arc::new(Outward { switch: Arc::clone(&switch), sender: sender.clone(), ear });
-        let elsewhere = Arc::clone(&fabric) as Arc<dyn Elsewhere>;
-        let mut made = Vec::new();
-        for number in 0..create.cpus {
-            let view = View { id: ApicId(number), ldr: 0, dfr: 0xf, tpr: 0, enabled: false };
-            if !create.here.contains(&number) {
-                switch.put(view, Place::Elsewhere(Arc::clone(&elsewhere)));
-                continue;
-            }
-            let inbox = Arc::new(Inbox::default());
-            switch.put(view, Place::Here(Arc::clone(&inbox)));
-            let (fabric, clock) = (Arc::clone(&fabric) as Arc<dyn Fabric>, Arc::clone(&clock));
-            let vcpu = partition.vcpu(number)?;
-            let mut cpu = ApicCpu::new(vcpu, ApicId(number), false, Arc::clone(&inbox), fabric, clock);
-            cpu.set_up().map_err(|error| Unmade::Vcpu(error.to_string()))?;
-            made.push((cpu, Seat::new(number, inbox, rate)));
-        }
+        let fabric = Outward { switch: Arc::clone(&switch), sender: sender.clone(), ear: engine.ear() };
+        let fabric = Arc::new(fabric);
         let mut running = Self {
+            most,
             seats: Vec::new(),
             threads: Vec::new(),
             switch,
-            clock,
+            elsewhere: Arc::clone(&fabric) as Arc<dyn Elsewhere>,
+            clock: Arc::new(Clock::saying(Nanos(0))),
             member: options.me,
             ear: engine.ear(),
             partition: Some(partition),
             engine: Some(engine),
             ram: Some(ram),
         };
-        for (cpu, seat) in made {
-            let (sender, ours) = (sender.clone(), Arc::clone(&seat));
-            let thread = Builder::new().name(format!("vcpu{}", seat.number));
-            running.threads.push(thread.spawn(move || ours.run(cpu, &sender))?);
-            running.seats.push(seat);
+        for number in 0..create.cpus() {
+            running.add(number, create.here().contains(&number), &fabric, rate, sender)?;
         }
-        tracing::info!(member = ?running.member, vcpus = running.seats.len(), "A guest's vCPUs are here");
+        let count = create.here().len();
+        tracing::info!(member = ?running.member, vcpus = count, "A guest's vCPUs are here");
         Ok(running)
     }
 
+    /// Makes the vCPU `number` and its thread.
+    fn add(
+        &mut self,
+        number: u8,
+        here: bool,
+        fabric: &Arc<Outward>,
+        rate: Rate,
+        sender: &Sender,
+    ) -> Result<(), Unmade> {
+        let Some(partition) = &self.partition else { return Ok(()) };
+        let inbox = Arc::new(Inbox::default());
+        let seat = Seat::new(number, here, Arc::clone(&inbox), rate);
+        let view = View { id: ApicId(number), ldr: 0, dfr: 0xf, tpr: 0, enabled: false };
+        self.switch.put(view, self.place(&seat));
+        let (way, clock) = (Arc::clone(fabric) as Arc<dyn Fabric>, Arc::clone(&self.clock));
+        let vcpu = partition.vcpu(number)?;
+        let mut cpu = ApicCpu::new(vcpu, ApicId(number), false, inbox, way, clock);
+        if here {
+            cpu.set_up().map_err(|error| Unmade::Vcpu(error.to_string()))?;
+        }
+        let (sender, ours, ear) = (sender.clone(), Arc::clone(&seat), self.ear.clone());
+        let thread = Builder::new().name(format!("vcpu{number}"));
+        self.threads.push(thread.spawn(move || ours.run(cpu, &sender, &ear))?);
+        self.seats.push(seat);
+        Ok(())
+    }
+
+    /// Where a vCPU's local APIC is.
+    fn place(&self, seat: &Seat) -> Place {
+        match seat.is_here() {
+            true => Place::Here(Arc::clone(&seat.inbox)),
+            false => Place::Elsewhere(Arc::clone(&self.elsewhere)),
+        }
+    }
+
     fn seat(&self, number: u8) -> Result<&Seat, String> {
-        let seat = self.seats.iter().find(|seat| seat.number == number);
+        let seat = self.seats.get(usize::from(number)).filter(|seat| seat.is_here());
         seat.map(|seat| &**seat).ok_or_else(|| format!("vCPU {number} is not here"))
     }
 
@@ -375,18 +389,45 @@ impl Running {
                 }
             }
             ToHelper::Save(number) => self.seat(number)?.order(Order::Save)?,
-            ToHelper::Restore(part) => {
-                let seat = self.seat(part.cpu)?;
-                let mut parts = seat.parts.lock().unwrap_or_else(PoisonError::into_inner);
-                if gather(&mut parts, part, &payload.unwrap_or_default())? {
-                    seat.order(Order::Restore(std::mem::take(&mut parts)))?;
+            ToHelper::Restore(part) => self.restore(part, &payload.unwrap_or_default())?,
+            ToHelper::Leave(number) => {
+                // It may never have come.
+                let Ok(seat) = self.seat(number) else { return Ok(()) };
+                if seat.entered.load(Ordering::SeqCst) {
+                    return Err(format!("vCPU {number} cannot leave while it runs"));
                 }
+                self.put(seat, false);
             }
             ToHelper::Clock { nanos, tsc } => {
                 self.clock.set(Nanos(monotonic().wrapping_add(nanos)));
                 self.seats.iter().for_each(|seat| seat.steer(tsc));
             }
             ToHelper::Create(_) | ToHelper::Probe(..) | ToHelper::End(_) => {}
+        }
+        Ok(())
+    }
+
+    /// A vCPU comes or goes.
+    fn put(&self, seat: &Seat, here: bool) {
+        seat.here.store(here, Ordering::SeqCst);
+        self.switch.place(ApicId(seat.number), self.place(seat));
+        tracing::info!(vcpu = seat.number, "A vCPU {}", if here { "has come" } else { "has gone" });
+    }
+
+    /// Takes a part of a vCPU's state; with the first one the vCPU is here.
+    fn restore(&self, part: Part, payload: &Buffer) -> Result<(), String> {
+        let missing = || format!("there is no vCPU {}", part.cpu);
+        let seat = self.seats.get(usize::from(part.cpu)).ok_or_else(missing)?;
+        if !seat.is_here() {
+            let here = self.seats.iter().filter(|seat| seat.is_here()).count();
+            if here >= usize::from(self.most) {
+                return Err("more vCPUs than were asked for".to_owned());
+            }
+            self.put(seat, true);
+        }
+        let mut parts = seat.parts.lock().unwrap_or_else(PoisonError::into_inner);
+        if gather(&mut parts, part, payload)? {
+            seat.order(Order::Restore(std::mem::take(&mut parts)))?;
         }
         Ok(())
     }
@@ -419,12 +460,6 @@ impl Running {
     }
 }
 
-/// How many vCPUs each member runs. With more than two members the console node has to say.
-fn counts(create: &Create) -> Option<[u8; 2]> {
-    let here = create.here.len() as u8;
-    (create.members == 2).then_some([create.cpus.checked_sub(here)?, here])
-}
-
 /// Says what vCPUs here can be.
 fn offer(terms: &Terms, sender: &Sender) {
     let offered =
@@ -439,7 +474,7 @@ fn offer(terms: &Terms, sender: &Sender) {
 }
 
 fn options(create: &Create) -> Option<coherence::Options> {
-    let members: Vec<Member> = (0..create.members).filter_map(Member::new).collect();
+    let members: Vec<Member> = (0..create.members()).filter_map(Member::new).collect();
     let parts: Vec<(Member, u64)> = members.iter().copied().zip(create.homes.iter().copied()).collect();
     let pieces = Pieces::new(Bytes(create.ram));
     let homes = Homes::sliced(pieces, &parts)?;
@@ -449,11 +484,15 @@ fn options(create: &Create) -> Option<coherence::Options> {
 }
 
 impl Seat {
-    fn new(number: u8, inbox: Arc<Inbox>, rate: Rate) -> Arc<Self> {
+    fn new(number: u8, here: bool, inbox: Arc<Inbox>, rate: Rate) -> Arc<Self> {
         let (orders, ordered) = (Mutex::default(), Condvar::new());
-        let (entered, kicked) = (AtomicBool::new(false), AtomicBool::new(false));
+        let [here, entered, kicked] = [here, false, false].map(AtomicBool::new);
         let (steering, parts) = (Steering::new(rate), Mutex::default());
-        Arc::new(Self { number, inbox, orders, ordered, entered, kicked, steering, parts })
+        Arc::new(Self { number, here, inbox, orders, ordered, entered, kicked, steering, parts })
+    }
+
+    fn is_here(&self) -> bool {
+        self.here.load(Ordering::SeqCst)
     }
 
     /// Makes the vCPU exit to the console node.
@@ -508,7 +547,7 @@ impl Seat {
     }
 
     /// The vCPU's thread.
-    fn run(&self, mut cpu: ApicCpu<kvm::Vcpu>, sender: &Sender) {
+    fn run(&self, mut cpu: ApicCpu<kvm::Vcpu>, sender: &Sender, ear: &coherence::Ear) {
         let _attached = processor::Vcpu::attach(&mut cpu);
         let fail = |why: String| sender.send(&ToConsole::Failed(why).encode(), None);
         loop {
@@ -519,13 +558,22 @@ impl Seat {
                     sender.send(&ToConsole::Exit(self.number, exit).encode(), None);
                 }
                 Order::Save => match self.save(&mut cpu) {
-                    Ok(state) => self.send(sender, &state),
+                    Ok(state) => {
+                        // Whoever runs it next needs its pages.
+                        ear.rests();
+                        self.send(sender, &state);
+                    }
                     Err(why) => fail(why),
                 },
-                Order::Restore(state) => match restore(&mut cpu, &state) {
-                    Ok(()) => sender.send(&ToConsole::Restored(self.number).encode(), None),
-                    Err(why) => fail(why),
-                },
+                Order::Restore(state) => {
+                    // Its counter begins anew, with what is right here.
+                    self.steering.forget();
+                    let answer = match restore(&mut cpu, &state) {
+                        Ok(()) => ToConsole::Restored(self.number),
+                        Err(why) => ToConsole::Untaken(self.number, why),
+                    };
+                    sender.send(&answer.encode(), None);
+                }
                 Order::End => return,
             }
         }

@@ -7,6 +7,7 @@ pub mod host;
 mod moment;
 pub mod numa;
 pub mod protocol;
+pub mod relay;
 pub mod remote;
 pub mod share;
 mod steering;

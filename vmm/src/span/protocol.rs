@@ -55,16 +55,13 @@ pub enum Purpose {
 pub struct Create {
     /// Which member the helper is.
     pub member: Member,
-    /// How many members there are.
-    pub members: u8,
     /// The members' pieces of memory are spread over so many shards.
     pub shards: u8,
     /// How many bits a guest-physical address has.
     pub address_bits: u8,
-    /// How many vCPUs the guest has on all members.
-    pub cpus: u8,
-    /// Which of them run here, by number, which is their APIC ID too; ascending.
-    pub here: SmallVec<[u8; 16]>,
+    /// How many vCPUs each member runs when the guest starts, by the member's number: one for each member. vCPUs are
+    /// numbered in this order, and their numbers are their APIC IDs.
+    pub counts: SmallVec<[u8; MEMBERS]>,
     /// The guest's RAM in bytes.
     pub ram: u64,
     /// How many pages of it each member is home to, in order along the RAM: one number for each member.
@@ -109,7 +106,7 @@ pub enum ToHelper {
     View(View),
     /// Send the vCPU's state, which is not entered now.
     Save(u8),
-    /// Take this state; the payload is a part of it. Parts come in order.
+    /// Take this state; the payload is a part of it. Parts come in order. A vCPU that was elsewhere is here from now on.
     Restore(Part),
     /// Are you there, and what do your clocks say? A number, and when it was sent.
     Probe(u32, Nanos),
@@ -122,6 +119,8 @@ pub enum ToHelper {
     },
     /// The guest is over, or this share of it; why.
     End(String),
+    /// The vCPU, which is not entered now, is with another member from now on.
+    Leave(u8),
 }
 
 /// From a helper to the console node.
@@ -154,6 +153,8 @@ pub enum ToConsole {
     Answer(u32, Nanos, Moment),
     /// This share of the guest cannot go on; why.
     Failed(String),
+    /// The vCPU's state was not taken, so that it is where it was; why.
+    Untaken(u8, String),
 }
 
 /// What is called malformed.
@@ -212,33 +213,53 @@ fn fits_ram(ram: u64) -> bool {
 }
 
 impl Create {
+    /// How many vCPUs the guest has.
+    #[must_use]
+    pub fn cpus(&self) -> u8 {
+        self.counts.iter().fold(0, |sum, count| sum.saturating_add(*count))
+    }
+
+    /// How many members it has.
+    #[must_use]
+    pub fn members(&self) -> u8 {
+        self.counts.len() as u8
+    }
+
+    /// Which vCPUs run at the helper when the guest starts.
+    #[must_use]
+    pub fn here(&self) -> std::ops::Range<u8> {
+        let (before, rest) = self.counts.split_at(usize::from(self.member.number()).min(self.counts.len()));
+        let first = before.iter().fold(0_u8, |sum, count| sum.saturating_add(*count));
+        first..first.saturating_add(rest.first().copied().unwrap_or(0))
+    }
+
     fn put(&self, out: &mut Body) {
-        out.extend([self.member.number(), self.members, self.shards, self.address_bits, self.cpus]);
-        out.push(self.here.len() as u8);
-        out.extend_from_slice(&self.here);
+        out.extend([self.member.number(), self.members(), self.shards, self.address_bits]);
+        out.extend_from_slice(&self.counts);
         out.extend(self.ram.to_le_bytes());
         self.homes.iter().for_each(|pages| out.extend(pages.to_le_bytes()));
         out.extend(self.tsc_khz.to_le_bytes());
     }
 
     fn take(reader: &mut Reader<'_>) -> Result<Self, Malformed> {
-        let [member, members, shards, address_bits, cpus, count] = reader.array()?;
+        let [member, members, shards, address_bits] = reader.array()?;
         let member = Member::new(member).ok_or_else(|| reader.malformed())?;
-        let here = SmallVec::from_slice(reader.take(count.into())?);
+        if !(2..=MEMBERS as u8).contains(&members) {
+            return Err(reader.malformed());
+        }
+        let counts = SmallVec::from_slice(reader.take(members.into())?);
         let ram = reader.u64()?;
-        let homes = (0..members.min(MEMBERS as u8)).map(|_| reader.u64()).collect::<Result<_, _>>()?;
+        let homes = (0..members).map(|_| reader.u64()).collect::<Result<_, _>>()?;
         let tsc_khz = reader.u32()?;
-        let ascends = here.is_sorted_by(|a, b| a < b) && here.first().is_some_and(|first| *first > 0);
-        let fits = (2..=MEMBERS as u8).contains(&members)
-            && (1..members).contains(&member.number())
+        let cpus: u32 = counts.iter().map(|count| u32::from(*count)).sum();
+        let fits = (1..members).contains(&member.number())
             && (1..=MOST_SHARDS).contains(&shards)
             && (32..=52).contains(&address_bits)
-            && (2..=MOST_CPUS).contains(&cpus)
-            && ascends
-            && here.last().is_some_and(|last| *last < cpus)
+            && counts.iter().all(|count| *count > 0)
+            && cpus <= MOST_CPUS.into()
             && fits_ram(ram)
             && tsc_khz > 0;
-        let create = Self { member, members, shards, address_bits, cpus, here, ram, homes, tsc_khz };
+        let create = Self { member, shards, address_bits, counts, ram, homes, tsc_khz };
         if fits { Ok(create) } else { Err(reader.malformed()) }
     }
 }
@@ -285,6 +306,7 @@ impl ToHelper {
                 out.push(10);
                 fields::put_text(&mut out, why, MOST_TEXT);
             }
+            Self::Leave(cpu) => out.extend([11, *cpu]),
         }
         out
     }
@@ -307,6 +329,7 @@ impl ToHelper {
             8 => Self::Probe(reader.u32()?, Nanos(reader.u64()?)),
             9 => Self::Clock { nanos: reader.u64()?, tsc: reader.u64()? },
             10 => Self::End(reader.text(MOST_TEXT)?),
+            11 => Self::Leave(cpu(&mut reader)?),
             _ => return Err(reader.malformed()),
         };
         reader.end(message)
@@ -355,6 +378,10 @@ impl ToConsole {
                 out.push(11);
                 fields::put_text(&mut out, why, MOST_TEXT);
             }
+            Self::Untaken(cpu, why) => {
+                out.extend([12, *cpu]);
+                fields::put_text(&mut out, why, MOST_TEXT);
+            }
         }
         out
     }
@@ -381,6 +408,7 @@ impl ToConsole {
                 Self::Answer(number, at, Moment { tsc: Tsc(reader.u64()?), monotonic: Nanos(reader.u64()?) })
             }
             11 => Self::Failed(reader.text(MOST_TEXT)?),
+            12 => Self::Untaken(cpu(&mut reader)?, reader.text(MOST_TEXT)?),
             _ => return Err(reader.malformed()),
         };
         reader.end(message)

@@ -18,11 +18,9 @@ fn message() -> Message {
 fn create() -> Create {
     Create {
         member: Member::new(1).expect("a member"),
-        members: 2,
         shards: 4,
         address_bits: 46,
-        cpus: 4,
-        here: smallvec![2, 3],
+        counts: smallvec![2, 2],
         ram: 2 << 30,
         homes: smallvec![1 << 18, 1 << 18],
         tsc_khz: 2_400_000,
@@ -66,6 +64,7 @@ fn samples() -> Vec<(&'static str, Body)> {
         ("restore", ToHelper::Restore(part).encode()),
         ("probe", ToHelper::Probe(5, Nanos(1 << 40)).encode()),
         ("clock", ToHelper::Clock { nanos: u64::MAX, tsc: 1 << 50 }.encode()),
+        ("leave", ToHelper::Leave(2).encode()),
         ("end", ToHelper::End("the guest was shut down".into()).encode()),
         ("granted", ToConsole::Granted { epoch: 12, tsc_khz: 2_400_000 }.encode()),
         ("created", ToConsole::Created.encode()),
@@ -74,6 +73,7 @@ fn samples() -> Vec<(&'static str, Body)> {
         ("state", ToConsole::State(part).encode()),
         ("restored", ToConsole::Restored(2).encode()),
         ("answer", ToConsole::Answer(5, Nanos(1 << 40), moment).encode()),
+        ("untaken", ToConsole::Untaken(2, "it is of another kind".into()).encode()),
         ("failed", ToConsole::Failed("there is no memory".into()).encode()),
     ];
     samples.extend(exits.map(|(name, exit)| (name, ToConsole::Exit(2, exit).encode())));
@@ -105,20 +105,33 @@ fn values_out_of_bounds_are_refused() {
         change(&mut create);
         ToHelper::decode(&ToHelper::Create(create).encode()).is_err()
     };
-    assert!(bad(|c| c.here = smallvec![0, 1]), "vCPU 0 is the console node's");
-    assert!(bad(|c| c.here = smallvec![3, 2]));
-    assert!(bad(|c| c.here = smallvec![4]));
-    assert!(bad(|c| c.here.clear()));
-    assert!(bad(|c| c.members = 1));
+    assert!(bad(|c| c.counts = smallvec![0, 4]), "vCPU 0 is the console node's");
+    assert!(bad(|c| c.counts = smallvec![4, 0]));
+    assert!(bad(|c| c.counts = smallvec![MOST_CPUS, 1]));
+    assert!(bad(|c| (c.counts, c.homes) = (smallvec![4], smallvec![1 << 19])), "a helper alone");
+    assert!(bad(|c| c.member = Member::new(2).expect("a member")));
     assert!(bad(|c| c.ram = 4097));
     assert!(bad(|c| c.ram = MOST_RAM + 4096));
     assert!(bad(|c| c.shards = 0));
     assert!(bad(|c| c.tsc_khz = 0));
     assert!(ToHelper::decode(&[3, MOST_CPUS]).is_err());
+    assert!(ToHelper::decode(&[11, MOST_CPUS]).is_err());
     assert!(ToConsole::decode(&[3, 1, 1, 0, 0, 0]).is_err(), "a read of nothing");
     assert!(ToConsole::decode(&[3, 1, 1, 0, 0, 5]).is_err(), "a port is at most four bytes wide");
     let part = Part { cpu: 1, offset: 5, total: 5 };
     assert!(ToConsole::decode(&ToConsole::State(part).encode()).is_err());
+}
+
+#[test]
+fn vcpus_are_numbered_in_the_order_of_members() {
+    let at = |member, counts: &[u8]| {
+        let member = Member::new(member).expect("a member");
+        let create = Create { member, counts: SmallVec::from_slice(counts), ..create() };
+        (create.here(), create.cpus(), create.members())
+    };
+    assert_eq!(at(1, &[1, 2, 3]), (1..3, 6, 3));
+    assert_eq!(at(2, &[1, 2, 3]), (3..6, 6, 3));
+    assert_eq!(at(3, &[1, 2, 3]), (6..6, 6, 3), "nobody");
 }
 
 /// `OMEGA_WRITE_SEEDS=1 cargo test -p omega-vmm span` writes them again.

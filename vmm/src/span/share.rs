@@ -46,6 +46,9 @@ pub enum Error {
     /// A vCPU is not between two instructions.
     #[error("vCPU {0} has an access under way")]
     Busy(u8),
+    /// A vCPU cannot have the state that it was given.
+    #[error("{0} does not take vCPU {1}: {2}")]
+    Untaken(String, u8, String),
 }
 
 /// What a helper lent.
@@ -84,7 +87,8 @@ struct Seat {
     /// The parts of its state that came.
     parts: Vec<u8>,
     saved: Option<Vec<u8>>,
-    restored: bool,
+    /// Whether the state that was sent was taken, once that is known.
+    restored: Option<Result<(), String>>,
     /// The share's standing, for its thread.
     standing: Option<Standing>,
 }
@@ -107,18 +111,18 @@ pub struct Share {
 }
 
 impl Share {
-    /// The vCPUs `cpus` at `helper`, whose line `sender` sends down.
+    /// What `helper`, whose line `sender` sends down, has of a guest of `cpus` vCPUs, any of which may come to be there.
     #[must_use]
-    pub fn new(helper: &str, sender: Sender, cpus: &[u8]) -> Arc<Self> {
+    pub fn new(helper: &str, sender: Sender, cpus: u8) -> Arc<Self> {
         let standing = Standing::Away("it was not reached yet".to_owned());
-        let cell = |number: &u8| Cell { number: *number, seat: Mutex::default(), changed: Condvar::new() };
+        let cell = |number: u8| Cell { number, seat: Mutex::default(), changed: Condvar::new() };
         Arc::new(Self {
             helper: helper.to_owned(),
             sender,
             console: OnceLock::new(),
             state: Mutex::new(State { standing, granted: None, created: false }),
             changed: Condvar::new(),
-            cells: cpus.iter().map(cell).collect(),
+            cells: (0..cpus).map(cell).collect(),
         })
     }
 
@@ -292,15 +296,16 @@ impl Share {
         self.wait_for(number, patience, |seat| seat.saved.take())
     }
 
-    /// Makes the vCPU take over a state that [`save`](Self::save) returned; what it did is forgotten. Only while its thread
-    /// here does not enter it.
+    /// Makes the vCPU take over a state that [`save`](Self::save) returned, of whichever member; what it did is forgotten.
+    /// It is at this helper from now on. Only while its thread here does not enter it.
     ///
     /// # Errors
-    /// The helper does not answer within `patience`.
+    /// The helper does not take it, or does not answer within `patience`: then it may be there all the same, until it
+    /// is to [leave](Self::leave).
     pub fn restore(&self, number: u8, state: &[u8], patience: Duration) -> Result<(), Error> {
         self.at_rest(number, patience, true)?;
         if let Some(cell) = self.cell(number) {
-            cell.lock().restored = false;
+            cell.lock().restored = None;
         }
         let total = state.len() as u32;
         let mut offset = 0;
@@ -308,7 +313,13 @@ impl Share {
             self.send(&ToHelper::Restore(Part { cpu: number, offset, total }), Some(part));
             offset += part.len() as u32;
         }
-        self.wait_for(number, patience, |seat| seat.restored.then_some(()))
+        let untaken = |why| Error::Untaken(self.helper.clone(), number, why);
+        self.wait_for(number, patience, |seat| seat.restored.take())?.map_err(untaken)
+    }
+
+    /// The vCPU is with another member from now on. Only while its thread here does not enter it.
+    pub fn leave(&self, number: u8) {
+        self.send(&ToHelper::Leave(number), None);
     }
 
     /// Waits until the vCPU does not run there, should its helper have been away.
@@ -398,7 +409,11 @@ impl Share {
             }
             ToConsole::State(part) => self.part(part, &payload.unwrap_or_default())?,
             ToConsole::Restored(number) => {
-                self.seat(number)?.restored = true;
+                self.seat(number)?.restored = Some(Ok(()));
+                self.woken(number);
+            }
+            ToConsole::Untaken(number, why) => {
+                self.seat(number)?.restored = Some(Err(why));
                 self.woken(number);
             }
             ToConsole::Answer(number, sent, there) => {

@@ -37,6 +37,11 @@ impl Steering {
         !first && (offset.wrapping_sub(before) as i64).unsigned_abs() > CLOSE
     }
 
+    /// The vCPU's state came from elsewhere: the next time the counter is set whatever it says.
+    pub(super) fn forget(&self) {
+        self.set.store(false, Ordering::SeqCst);
+    }
+
     /// Guest code was left just now.
     pub(super) fn left(&self) {
         self.left.store(now().0, Ordering::Relaxed);
