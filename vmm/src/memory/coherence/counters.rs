@@ -59,6 +59,8 @@ numbers! {
     held,
     /// Orders that had to wait until a hold was over.
     deferred,
+    /// Microseconds for which threads stood still for pages, all together.
+    waited_us,
     /// Messages to other members.
     messages,
     /// Bytes of them, contents among them.

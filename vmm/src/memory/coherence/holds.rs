@@ -29,8 +29,14 @@ const LEAST: Duration = Duration::from_micros(50);
 /// The greatest, whatever the network.
 const MOST: Duration = Duration::from_millis(32);
 
-/// A thread runs for so many units for each page that it had to get before.
+/// A thread runs for so many units for each page that it had to get before, if it uses them all the while.
 const RUN: u32 = 2;
+
+/// Who needs a page again within so many units after it had to go was still using it.
+const STILL: u32 = 4;
+
+/// What [`Thread::worth`] is of a thread that uses its pages as long as it has them.
+const FULL: u32 = 8;
 
 /// How long somebody waits at least for a thread that has been in need for longer, in units.
 const PATIENCE: u32 = 32;
@@ -102,6 +108,10 @@ struct Thread {
     need: Need,
     /// and how often it stood still for it.
     stood: u32,
+    /// How much of what it is to run for is worth it, of [`FULL`].
+    worth: u32,
+    /// What others got while it ran, and when.
+    gave: SmallVec<[(u32, Instant); TOGETHER]>,
     companions: Companions,
     streams: Streams,
     /// Pages whose holds are to be looked at when it goes on.
@@ -114,9 +124,19 @@ impl Thread {
         self.needed.contains(&page) || self.companions.has(page)
     }
 
-    /// When it will have run for as long as it is to, if nothing stops it.
+    /// When it will have run for as long as is worth it, if nothing stops it.
     fn end(&self) -> Instant {
-        self.since + self.run.saturating_sub(self.ran).max(self.piece)
+        let run = self.run * self.worth / FULL;
+        self.since + run.saturating_sub(self.ran).max(self.piece)
+    }
+
+    /// It stands still for `page`. If it did without it for a while, its pages need not stay for as long: a processor that is
+    /// interrupted needs those of the kernel for a moment, and then runs a program that does not.
+    fn learns(&mut self, page: u32, unit: Duration, now: Instant) {
+        let Some(at) = self.gave.iter().position(|(gone, _)| *gone == page) else { return };
+        let (_, gone) = self.gave.remove(at);
+        let still = now.saturating_duration_since(gone) < unit * STILL;
+        self.worth = if still { (self.worth * 2).clamp(1, FULL) } else { self.worth / 2 };
     }
 
     /// It needs `page` too. Holds for pages that it does not need any more are to be looked at.
@@ -200,8 +220,10 @@ impl Holds {
     }
 
     fn waits(&mut self, id: u32, page: u32, now: Instant) {
+        let unit = self.unit();
         let Self { queue, threads, latest, .. } = self;
         let Some(thread) = known(threads, id, now) else { return };
+        thread.learns(page, unit, now);
         if thread.waits.is_none() {
             thread.ran += now.saturating_duration_since(thread.since);
         }
@@ -213,6 +235,19 @@ impl Holds {
         thread.needs(page, queue, now);
         thread.stood += 1;
         thread.waits = Some(page);
+    }
+
+    /// `page`'s hold is over. If another member gets it while who needed it runs, that tells whether it still used it.
+    pub(super) fn goes(&mut self, page: u32, hold: &Hold, now: Instant) {
+        let wanted = hold.rival.and(hold.thread);
+        let thread = self.threads.iter_mut().find(|thread| Some(thread.id) == wanted);
+        if let Some(thread) = thread.filter(|thread| thread.waits.is_none()) {
+            thread.gave.retain(|(gone, _)| *gone != page);
+            if thread.gave.len() == TOGETHER {
+                thread.gave.remove(0);
+            }
+            thread.gave.push((page, now));
+        }
     }
 
     /// What may come along with `page`, for which the thread `id` stands still.
@@ -271,7 +306,8 @@ impl Holds {
         let mut hold = Hold { thread: None, least: now + unit, rival: None };
         for thread in self.threads.iter_mut().filter(|thread| thread.waits == Some(page)) {
             let along = (thread.needed.len() as u32).saturating_sub(thread.stood);
-            let run = unit * RUN * (thread.stood + along.div_ceil(ALONG)).clamp(1, TOGETHER as u32);
+            let many = (thread.stood + along.div_ceil(ALONG)).clamp(1, TOGETHER as u32);
+            let run = unit * RUN * many;
             (thread.waits, thread.since, thread.run, thread.piece) = (None, now, run, unit * RUN);
             hold.thread = Some(thread.id);
             let end = thread.end();
@@ -313,7 +349,10 @@ impl Holds {
     pub(super) fn look_again(&mut self, page: u32, hold: &Hold) {
         if let Some(end) = self.end(page, hold) {
             self.queue.push(Reverse((end.at, page)));
-        } else if let Some(thread) = self.threads.iter_mut().find(|thread| Some(thread.id) == hold.thread)
+        }
+        // Patience may be over long after the thread went on, and ran.
+        let stands = |thread: &&mut Thread| Some(thread.id) == hold.thread && thread.waits.is_some();
+        if let Some(thread) = self.threads.iter_mut().find(stands)
             && !thread.parked.contains(&page)
         {
             thread.parked.push(page);
@@ -352,8 +391,23 @@ fn known(threads: &mut Vec<Thread>, id: u32, now: Instant) -> Option<&mut Thread
         let (run, piece, ran) = Default::default();
         let (companions, streams) = (Companions::default(), Streams::default());
         let (since, need, stood, waits) = (now, Need::default(), 0, None);
-        let thread =
-            Thread { id, waits, since, run, piece, ran, needed, need, stood, companions, streams, parked };
+        let (worth, gave) = (FULL, SmallVec::new());
+        let thread = Thread {
+            id,
+            waits,
+            since,
+            run,
+            piece,
+            ran,
+            needed,
+            need,
+            stood,
+            worth,
+            gave,
+            companions,
+            streams,
+            parked,
+        };
         if threads.len() < THREADS {
             threads.push(thread);
             return Some(threads.len() - 1);
@@ -444,6 +498,46 @@ mod tests {
         }
         holds.begin(2, asked);
         assert_eq!(holds.end(1, &hold), used(asked + LEAST * RUN * 2), "it runs now");
+    }
+
+    #[test]
+    fn who_does_without_a_page_for_long_holds_the_next_ones_more_briefly() {
+        let (mut holds, mut now) = holds();
+        let rounds = |holds: &mut Holds, now: &mut Instant, without: Duration| {
+            let mut last = Duration::ZERO;
+            for _ in 0..5 {
+                let mut held = Vec::new();
+                for page in 0..5 {
+                    holds.waits(ME, page, *now);
+                    held.push((page, holds.begin(page, *now)));
+                }
+                for (page, hold) in &mut held {
+                    holds.wanted(*page, hold, (Need(0), member(2)), *now);
+                    last = holds.end(*page, hold).expect("it runs").at - *now;
+                    holds.goes(*page, hold, *now + last);
+                }
+                *now += last + without;
+            }
+            last
+        };
+        assert_eq!(rounds(&mut holds, &mut now, LEAST), LEAST * RUN * 5, "it still uses them");
+        assert_eq!(rounds(&mut holds, &mut now, LEAST * STILL * 2), LEAST * RUN, "it does not");
+        assert_eq!(rounds(&mut holds, &mut now, LEAST), LEAST * RUN * 5, "again");
+    }
+
+    #[test]
+    fn a_page_that_somebody_waits_for_is_looked_at_when_who_holds_it_goes_on() {
+        let (mut holds, now) = holds();
+        holds.waits(ME, 1, now);
+        let mut hold = holds.begin(1, now);
+        holds.waits(ME, 2, now);
+        while holds.due(now + LEAST).is_some() {}
+        holds.wanted(1, &mut hold, (Need(9), member(2)), now);
+        holds.begin(2, now);
+        let end = now + LEAST * RUN * 2;
+        assert_eq!(holds.end(1, &hold), used(end));
+        let due = std::iter::from_fn(|| holds.due(end)).filter(|page| *page == 1).count();
+        assert!(due > 0, "and not only when patience is over");
     }
 
     #[test]

@@ -254,6 +254,7 @@ impl Work<'_> {
             match holds.end(place, &hold) {
                 Some(end) if end.at <= self.now => {
                     tally.unused += u64::from(end.unused);
+                    holds.goes(place, &hold, self.now);
                     self.late = true;
                     self.happens(place, Event::HoldOver, Heard::default())?;
                     self.late = false;
@@ -495,6 +496,7 @@ impl Work<'_> {
         if let Some(needed) = busy.since.take() {
             let time = self.now.saturating_duration_since(needed);
             tally.latency.note(time);
+            tally.waited_us += time.as_micros() as u64;
             if !late {
                 holds.took(time);
             }
