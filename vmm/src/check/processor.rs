@@ -20,6 +20,8 @@ pub(super) fn lines() -> Vec<Line> {
     let mut lines = vec![processor(&text, kind), device(kind), fitness()];
     lines.extend(capabilities());
     lines.push(nested_paging(kind));
+    let eptad = sys::read("/sys/module/kvm_intel/parameters/eptad");
+    lines.extend(page_tables(kind, eptad.as_deref()));
     lines
 }
 
@@ -122,9 +124,49 @@ fn nested_paging(kind: Virtualization) -> Line {
     }
 }
 
+/// Whether a look into a guest's page tables counts as a write to them: then PCs that run vCPUs of one guest take them
+/// from each other for nothing (`docs/coherence.md`). `eptad` is Intel's parameter.
+fn page_tables(kind: Virtualization, eptad: Option<&str>) -> Option<Line> {
+    let name = "page tables";
+    match (kind, eptad) {
+        (Virtualization::Amd, _) => Some(
+            Line::degraded(name, "SVM's nested paging writes to a guest's page tables whenever it looks into them")
+                .why(
+                    "a guest with vCPUs on several PCs (`[[cpu.place]]`) moves them between PCs more often; others do \
+                     not mind",
+                )
+                .mend("nothing to do here: begin such guests with `maxcpus=1` and switch the other vCPUs on later"),
+        ),
+        (Virtualization::Intel, Some("Y" | "1")) => Some(
+            Line::degraded(name, "VT-x writes to a guest's page tables whenever it looks into them (eptad is on)")
+                .why(
+                    "a guest with vCPUs on several PCs (`[[cpu.place]]`) moves them between PCs more often; others do \
+                     not mind",
+                )
+                .mend(
+                    "on each of these PCs: echo options kvm_intel eptad=0 | sudo tee /etc/modprobe.d/omega.conf, then \
+                     load the module anew",
+                ),
+        ),
+        (Virtualization::Intel, Some(_)) => Some(Line::ok(name, "only read by looks into them (eptad is off)")),
+        (Virtualization::Intel, None) | (Virtualization::None, _) => None,
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use super::super::State;
     use super::*;
+
+    #[test]
+    fn only_processors_that_write_to_page_tables_by_reading_them_are_warned_of() {
+        let state = |kind, eptad| page_tables(kind, eptad).map(|line| line.state);
+        assert_eq!(state(Virtualization::Amd, None), Some(State::Degraded));
+        assert_eq!(state(Virtualization::Intel, Some("Y")), Some(State::Degraded));
+        assert_eq!(state(Virtualization::Intel, Some("N")), Some(State::Ok));
+        assert_eq!(state(Virtualization::Intel, None), None, "its module is not loaded");
+        assert_eq!(state(Virtualization::None, None), None);
+    }
 
     #[test]
     fn the_processor_is_read_from_its_flags() {
