@@ -6,6 +6,7 @@ use transport::wire::Class;
 
 use super::super::human::{latency, mebibytes, short};
 use super::sample::micros;
+use super::span::Counted;
 use crate::control::{HelperStatus, MemoryStatus, Peers};
 use crate::memory::fault::{Counters, PAGE};
 
@@ -82,6 +83,8 @@ pub(super) struct Helper {
 #[derive(Clone, Debug, Default)]
 pub(super) struct Said {
     pub(super) memory: MemoryStatus,
+    /// Of vCPUs on other PCs.
+    pub(super) coherence: Counted,
     pub(super) peers: Peers,
 }
 

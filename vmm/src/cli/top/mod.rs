@@ -2,6 +2,7 @@
 
 mod memory;
 mod sample;
+mod span;
 mod view;
 
 use std::io::{self, IsTerminal, Read, Write};

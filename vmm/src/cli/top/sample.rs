@@ -10,6 +10,7 @@ use transport::wire::Class;
 use super::super::Failure;
 use super::super::runtime::{self, Folder};
 use super::memory::{Memory, Said};
+use super::span::{Counted, Span};
 use crate::control::{Client, State, Status, Waiting};
 
 /// How long a guest may take to answer; one that does not must not hold up the others for long.
@@ -40,6 +41,8 @@ pub(super) struct Guest {
     pub(super) waits_for: Option<Waiting>,
     /// None of a guest whose memory is all on this PC.
     pub(super) memory: Option<Memory>,
+    /// None of a guest whose vCPUs are all on this PC.
+    pub(super) span: Option<Span>,
     pub(super) peers: Vec<Peer>,
 }
 
@@ -178,12 +181,17 @@ impl Sampler {
             let status = client.status()?;
             // A guest of an older version knows no peers, and one whose memory is all here has none elsewhere.
             let (peers, memory) = (client.peers().unwrap_or_default(), client.memory().ok());
-            Ok((client, status, peers, memory))
+            let counted = |mut counters: crate::control::Counters| counters.remove("coherence");
+            let coherence = match status.places.is_empty() {
+                true => Counted::new(),
+                false => client.counters().ok().and_then(counted).unwrap_or_default(),
+            };
+            Ok((client, status, peers, memory, coherence))
         });
         let name = folder.name().to_owned();
-        let Ok((client, status, peers, memory)) = answers else {
-            let (state, waits_for, memory, peers) = (None, None, None, Vec::new());
-            return Some(Guest { name, pid, state, vcpus: 0, uptime_ms: 0, waits_for, memory, peers });
+        let Ok((client, status, peers, memory, coherence)) = answers else {
+            let (state, waits_for, memory, span, peers) = (None, None, None, None, Vec::new());
+            return Some(Guest { name, pid, state, vcpus: 0, uptime_ms: 0, waits_for, memory, span, peers });
         };
         let at = Instant::now();
         let seconds = earlier.as_ref().map_or(0.0, |(_, then)| at.duration_since(*then).as_secs_f64());
@@ -198,11 +206,13 @@ impl Sampler {
         });
         let shown = shown.collect();
         let lends = memory.is_some();
-        let said = Said { memory: memory.unwrap_or_default(), peers };
+        let said = Said { memory: memory.unwrap_or_default(), coherence, peers };
         let before = earlier.as_ref().map_or(&said, |(then, _)| then);
         let memory = lends.then(|| Memory::new(before, &said, seconds));
+        let Status { state, vcpus, uptime_ms, waits_for, places, .. } = status;
+        let spans = !places.is_empty();
+        let span = spans.then(|| Span::new(places, &before.coherence, &said.coherence, seconds));
         self.guests.insert(name.clone(), Known { client, pid, said, at });
-        let Status { state, vcpus, uptime_ms, waits_for, .. } = status;
-        Some(Guest { name, pid, state: Some(state), vcpus, uptime_ms, waits_for, memory, peers: shown })
+        Some(Guest { name, pid, state: Some(state), vcpus, uptime_ms, waits_for, memory, span, peers: shown })
     }
 }

@@ -7,6 +7,7 @@ use super::super::guests::{state, uptime, waits};
 use super::super::human::{harmless, latency, mebibytes, short};
 use super::memory::Memory;
 use super::sample::{Guest, Peer, Rates, Report};
+use super::span::Span;
 
 /// The heading of the classes' lines; everything fits 80 columns.
 const CLASSES: &str = "    CLASS       REQ/S    MIB/S      P50      P99      MAX   QUEUED  IN FLIGHT";
@@ -69,6 +70,7 @@ fn body(report: &Report, order: Order) -> Vec<String> {
         lines.push(headline(guest));
         lines.extend(guest.waits_for.as_ref().map(|waiting| format!("  waits for {}", waits(waiting))));
         lines.extend(guest.memory.iter().flat_map(Memory::lines));
+        lines.extend(guest.span.iter().flat_map(Span::lines));
         // A helper has one line there for all of its connections.
         let shown = |peer: &&Peer| guest.memory.is_none() || !peer.device.starts_with("helper");
         let mut peers: Vec<&Peer> = guest.peers.iter().filter(shown).collect();
@@ -164,8 +166,18 @@ mod tests {
             operations: Vec::new(),
         };
         let (state, peers) = (Some(State::Running), vec![peer]);
-        let (waits_for, memory) = (None, None);
-        Guest { name: name.into(), pid: 1, state, vcpus: 4, uptime_ms: 61_000, waits_for, memory, peers }
+        let (waits_for, memory, span) = (None, None, None);
+        Guest {
+            name: name.into(),
+            pid: 1,
+            state,
+            vcpus: 4,
+            uptime_ms: 61_000,
+            waits_for,
+            memory,
+            span,
+            peers,
+        }
     }
 
     fn report(guests: Vec<Guest>) -> Report {
