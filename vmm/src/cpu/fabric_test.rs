@@ -42,6 +42,27 @@ fn a_broadcast_crosses_to_each_member_once_and_what_came_from_there_does_not_go_
 }
 
 #[test]
+fn what_one_member_sends_to_others_goes_on_to_them_and_not_back_and_follows_who_moved() {
+    let switch = Switch::default();
+    let (far, farther): (Arc<Posted>, Arc<Posted>) = Default::default();
+    let [one, other] = [&far, &farther].map(|way| Arc::clone(way) as Arc<dyn Elsewhere>);
+    let here = Arc::new(Inbox::default());
+    switch.put(view(0), Place::Here(Arc::clone(&here)));
+    switch.put(view(1), Place::Elsewhere(Arc::clone(&one)));
+    switch.put(view(2), Place::Elsewhere(Arc::clone(&other)));
+    let all = || switch.views().iter().map(|view| view.id).collect();
+    switch.pass_on(all(), &broadcast(0x40), &one);
+    assert!(far.0.lock().expect("no panic").is_empty());
+    assert_eq!(*farther.0.lock().expect("no panic"), [[2]]);
+    assert!(!here.enters(), "something is there");
+    switch.place(ApicId(2), Place::Elsewhere(Arc::clone(&one)));
+    switch.pass_on(all(), &broadcast(0x41), &one);
+    assert_eq!(farther.0.lock().expect("no panic").len(), 1, "it is not there any more");
+    switch.deliver([ApicId(2)].into_iter().collect(), &broadcast(0x42));
+    assert_eq!(*far.0.lock().expect("no panic"), [[2]]);
+}
+
+#[test]
 fn a_view_counts_for_the_next_message_and_tells_whether_to_try_again() {
     let switch = Switch::default();
     let off = LocalApic::new(ApicId(0), true).view();

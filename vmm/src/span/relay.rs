@@ -111,3 +111,32 @@ impl Hear for HubEar {
         self.ear.lost(why);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::coherence::testing::{Order, Scene, member};
+
+    #[test]
+    fn an_address_is_what_comes_first() {
+        assert_eq!(read(&addressed(member(3), b"letters")), Some((member(3), &b"letters"[..])));
+        assert_eq!(read(&[]), None);
+        assert_eq!(read(&[u8::MAX, 1]), None, "nobody has such a number");
+    }
+
+    #[test]
+    fn a_message_for_another_helper_goes_on_to_it_and_one_for_nobody_stops_the_guest() {
+        for nowhere in [&[1_u8, 9][..], &[3, 9], &[200, 9], &[]] {
+            let Some(scene) = Scene::new(3, 16 << 20, 1, Order::Sent) else { return };
+            let lines = [0, 1].map(|_| Sender::new().expect("a line"));
+            let hub = Hub::new(&lines);
+            let ear = HubEar::new(&hub, member(1), scene.engines[0].ear());
+            ear.hear(&[2, 9, 9], None);
+            assert_eq!(lines.each_ref().map(Sender::waiting), [0, 1]);
+            assert!(scene.stopped.lock().expect("no panic").is_empty());
+            ear.hear(nowhere, None);
+            assert_eq!(scene.stopped.lock().expect("no panic").len(), 1, "{nowhere:?}");
+            assert_eq!(lines.each_ref().map(Sender::waiting), [0, 1]);
+        }
+    }
+}
