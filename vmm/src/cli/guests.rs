@@ -12,7 +12,7 @@ use super::runtime::{self, Folder};
 use super::{Failure, args, show};
 use crate::control::client::{Client, Error as ClientError};
 use crate::control::protocol::Command;
-use crate::control::{Counters, Error as Refusal, State, Status, VcpuPlace, Waiting};
+use crate::control::{ClockStatus, Counters, Error as Refusal, State, Status, VcpuPlace, Waiting};
 
 /// How long a guest may take to answer what it answers at once.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -141,11 +141,15 @@ fn table(status: &Status, counters: &Counters) -> String {
     }
     // Writing to a text cannot fail.
     let _ = writeln!(text, "vcpus     {vcpus}");
-    for VcpuPlace { node, vcpus, room } in &status.places {
+    for VcpuPlace { node, vcpus, room, clock } in &status.places {
         let which: Vec<_> = vcpus.iter().map(u8::to_string).collect();
         let which = if which.is_empty() { "none".to_owned() } else { which.join(", ") };
         let room = room.map_or(String::new(), |room| format!(" (room for {room})"));
-        let _ = writeln!(text, "  on {}: {which}{room}", harmless(node));
+        let clock = clock.map_or(String::new(), |ClockStatus { error_ns, latency_ns, in_order }| {
+            let order = if in_order { "" } else { ", NOT IN ORDER" };
+            format!(", clock within {error_ns} ns, {latency_ns} ns away{order}")
+        });
+        let _ = writeln!(text, "  on {}: {which}{room}{clock}", harmless(node));
     }
     let _ = writeln!(text, "memory    {memory}");
     if let Some(balloon) = balloon {

@@ -173,6 +173,20 @@ pub struct VcpuPlace {
     /// How many it may run; none: any number.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub room: Option<u8>,
+    /// How well its time stamp counter is known; none of the console, whose it is measured against.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub clock: Option<ClockStatus>,
+}
+
+/// How well a PC's time stamp counter is known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClockStatus {
+    /// How far it may be off, if the shortest ways there and back are equally long.
+    pub error_ns: u64,
+    /// The shortest time that anything takes there.
+    pub latency_ns: u64,
+    /// Nothing arrives there, by the guest's clock, before it was sent.
+    pub in_order: bool,
 }
 
 /// Why a guest stands still: it needs memory that is on a PC which is away. It goes on by itself.

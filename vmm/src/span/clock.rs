@@ -236,6 +236,12 @@ impl Keeper {
         Self { applied }
     }
 
+    /// The member's offset.
+    #[must_use]
+    pub fn applied(&self) -> u64 {
+        self.applied
+    }
+
     /// How far the member is from the estimate, in ticks.
     #[must_use]
     pub fn off(&self, estimate: &Estimate) -> u64 {

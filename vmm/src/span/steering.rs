@@ -5,8 +5,6 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use crate::kvm::tsc::{Rate, now};
 use crate::kvm::{Error, Vcpu};
 
-/// Ticks by which the counter may be off before it is moved: less than what a measurement is good for.
-const CLOSE: u64 = 4000;
 /// The longest wait for the counter to be moved back, in ticks. What is left is for the next time.
 const LONGEST: i64 = 400_000;
 
@@ -30,11 +28,11 @@ impl Steering {
         Self { rate, offset, known, set, left }
     }
 
-    /// Takes note of what is to be added. Whether that differs from before by so much that the vCPU should look.
+    /// Takes note of what is to be added. Whether that differs from before, so that the vCPU should look.
     pub(super) fn aim(&self, offset: u64) -> bool {
         let before = self.offset.swap(offset, Ordering::SeqCst);
         let first = !self.known.swap(true, Ordering::SeqCst);
-        !first && (offset.wrapping_sub(before) as i64).unsigned_abs() > CLOSE
+        !first && offset != before
     }
 
     /// The vCPU's state came from elsewhere: the next time the counter is set whatever it says.
@@ -59,10 +57,10 @@ impl Steering {
         }
         let is = vcpu.tsc_offset()?;
         let by = wanted.wrapping_sub(is) as i64;
-        if by.unsigned_abs() <= CLOSE {
+        if by == 0 {
             return Ok(());
         }
-        if by >= 0 {
+        if by > 0 {
             return vcpu.set_tsc_offset(wanted);
         }
         let back = by.max(-LONGEST);

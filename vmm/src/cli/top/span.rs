@@ -104,8 +104,12 @@ mod tests {
             ];
             numbers.map(|(name, number)| (name.to_owned(), number * scale)).into()
         };
-        let place =
-            |node: &str, vcpus: &[u8]| VcpuPlace { node: node.into(), vcpus: vcpus.to_vec(), room: None };
+        let place = |node: &str, vcpus: &[u8]| VcpuPlace {
+            node: node.into(),
+            vcpus: vcpus.to_vec(),
+            room: None,
+            clock: None,
+        };
         let places = vec![place("console", &[0, 1]), place("attic", &[2]), place("loft", &[])];
         let span = Span::new(places, &counted(1), &counted(5), 2.0);
         let expected = "  vCPUs 0,1 on console; 2 on attic; none on loft

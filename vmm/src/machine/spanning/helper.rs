@@ -10,8 +10,10 @@ use transport::channel::{self, Names};
 use transport::identity::{Reloading, Security};
 use transport::line::{Hear, Sender, thread::Driven};
 
+use super::time::{Ahead, Clocks};
 use super::{Bell, Error};
 use crate::config;
+use crate::control::ClockStatus;
 use crate::cpu::{Elsewhere, Fabric, monotonic};
 use crate::interrupt::Board;
 use crate::kvm::tsc::Rate;
@@ -25,11 +27,9 @@ use crate::span::share::{Console, Granted, Share};
 /// A connection that carries nothing for so long is dead.
 const DEAD_AFTER: Duration = Duration::from_secs(2);
 /// How often the clocks are compared.
-pub(super) const PROBE: Duration = Duration::from_millis(500);
+pub(super) const PROBE: Duration = Duration::from_millis(100);
 /// A helper that is back within this time was not away.
 pub(super) const GRACE: Duration = Duration::from_millis(200);
-/// So many round trips of probes are looked at before the guest begins.
-const TRIPS: u32 = 16;
 
 /// What a helper is asked for.
 pub(super) struct Request<'a> {
@@ -75,16 +75,9 @@ struct News {
     away: Option<(Instant, String)>,
     /// Why the guest has to end.
     over: Option<String>,
-    /// The shortest round trip of a probe so far.
-    shortest: Option<u64>,
     /// The last probe, and when it was sent.
     sent: (u32, Moment),
-    /// By how much the guest's time stamp counter is ahead of this PC's, once that is known.
-    offset: Option<u64>,
-    /// How the helper's counter is turned into the guest's.
-    rate: Option<Rate>,
-    /// So many round trips were measured.
-    trips: u32,
+    clocks: Clocks,
 }
 
 impl Helper {
@@ -144,9 +137,7 @@ impl Helper {
 
     /// Its vCPUs read what this PC's time stamp counter reads, `offset` ticks ahead.
     pub(super) fn aim(&self, offset: u64, guest_khz: u32) {
-        let mut news = self.desk.lock();
-        news.offset = Some(offset);
-        news.rate = Some(Rate { host_khz: self.khz, guest_khz });
+        self.desk.lock().clocks.aim(offset, Rate { host_khz: self.khz, guest_khz });
     }
 
     /// Asks what its clocks say.
@@ -231,12 +222,17 @@ impl Desk {
 
     /// Whether its clocks are known.
     pub(super) fn measured(&self) -> bool {
-        self.lock().trips >= TRIPS
+        self.lock().clocks.measured()
     }
 
     /// The shortest round trip so far.
     pub(super) fn shortest(&self) -> Option<Duration> {
-        self.lock().shortest.map(Duration::from_nanos)
+        self.lock().clocks.shortest()
+    }
+
+    /// How well its counters are known.
+    pub(super) fn clock(&self) -> Option<ClockStatus> {
+        self.lock().clocks.status()
     }
 
     fn probe(&self, share: &Share) {
@@ -289,22 +285,13 @@ impl Console for Desk {
             return;
         }
         let trip = now.monotonic.since(sent.monotonic);
-        news.trips += 1;
-        if news.shortest.is_some_and(|shortest| trip > shortest + shortest / 4) {
-            return;
-        }
-        // It may get slower for good: what was shortest is believed less and less.
-        news.shortest = Some(news.shortest.map_or(trip, |shortest| trip.min(shortest + shortest / 64)));
-        let (offset, rate) = (news.offset, news.rate);
+        let halfway =
+            board.clock().now().0.wrapping_sub(monotonic().wrapping_sub(sent.monotonic.0 + trip / 2));
+        let ahead = news.clocks.answered(sent, there, now, halfway);
         drop(news);
-        self.bell.ring();
-        // The answer was made in the middle of the trip, give or take half of it.
-        let middle = sent.monotonic.0 + trip / 2;
-        let guest = board.clock().now().0.wrapping_sub(monotonic().wrapping_sub(middle));
-        let ticks = sent.tsc.0 + now.tsc.0.wrapping_sub(sent.tsc.0) / 2;
-        let Some((offset, rate)) = offset.zip(rate) else { return };
-        let tsc = ticks.wrapping_add(offset).wrapping_sub(rate.to_guest(there.tsc).0);
-        share.set_clock(guest.wrapping_sub(there.monotonic.0), tsc);
+        if let Some(Ahead { nanos, tsc }) = ahead {
+            share.set_clock(nanos, tsc);
+        }
     }
 
     fn away(&self, why: &str) {

@@ -5,6 +5,7 @@ mod fabric;
 mod far;
 mod helper;
 mod moving;
+mod time;
 mod watch;
 
 use std::collections::BTreeMap;
@@ -20,7 +21,7 @@ use super::Error;
 use super::parts::lock;
 use super::processor::Vcpu;
 use crate::config::{self, CONSOLE, Placement};
-use crate::control::VcpuPlace;
+use crate::control::{ClockStatus, VcpuPlace};
 use crate::interrupt::Board;
 use crate::kvm::Partition;
 use crate::kvm::tsc::Abilities;
@@ -259,12 +260,14 @@ impl Spanning {
     /// Which vCPUs are on which PC.
     pub(super) fn places(&self) -> Vec<VcpuPlace> {
         let places = self.lock_places();
-        let of = |member: Member, node: &str, room: Option<u8>| {
+        let of = |member: Member, node: &str, room: Option<u8>, clock: Option<ClockStatus>| {
             let vcpus = (0..).zip(places.iter()).filter(|(_, at)| **at == member).map(|(vcpu, _)| vcpu);
-            VcpuPlace { node: node.to_owned(), vcpus: vcpus.collect(), room }
+            VcpuPlace { node: node.to_owned(), vcpus: vcpus.collect(), room, clock }
         };
-        let here = console().ok().map(|member| of(member, CONSOLE, None));
-        let helpers = self.helpers.iter().map(|helper| of(helper.member, helper.name(), Some(helper.room)));
+        let here = console().ok().map(|member| of(member, CONSOLE, None, None));
+        let helpers = self.helpers.iter();
+        let helpers =
+            helpers.map(|helper| of(helper.member, helper.name(), Some(helper.room), helper.desk.clock()));
         here.into_iter().chain(helpers).collect()
     }
 
