@@ -56,7 +56,12 @@ impl Scene {
     /// second disk, if it starts as `data`, as volume [`ROOT`]. Emulated PCs have [slower clocks](Lab::with_clock): else
     /// they would have no time for anything but their ticks.
     pub fn spanning(name: &str, data: Option<&Path>, cpus: u8) -> Result<Self> {
-        let scene = Self::in_lab(Lab::with_clock(name, SLOWER)?, data, 0)?;
+        Self::spanning_slower(SLOWER, name, data, cpus)
+    }
+
+    /// The same, with clocks that are so many times slower.
+    pub fn spanning_slower(slower: u32, name: &str, data: Option<&Path>, cpus: u8) -> Result<Self> {
+        let scene = Self::in_lab(Lab::with_clock(name, slower)?, data, 0)?;
         let volumes: &[_] = if data.is_some() { &[(ROOT, "/dev/vdb")] } else { &[] };
         configure(&scene.helper, &scene.agent(), volumes, &format!("\n[cpu]\ncount = {cpus}\n"))?;
         Ok(scene)

@@ -4,6 +4,7 @@
 //! ```text
 //! lab-checker run DEVICE MIB      until a line comes on standard input; then reads everything once more
 //! lab-checker digest DEVICE MIB   prints the digest of what `run` left there
+//! lab-checker check DEVICE MIB    looks whether each block is one whole write of `run`, or was never written to
 //! ```
 //! It bypasses the guest's page cache, so every request reaches the disk; four threads keep four in flight.
 
@@ -204,6 +205,25 @@ fn digest(disk: &File, mib: u64) -> io::Result<u64> {
     Ok(hash)
 }
 
+/// Whether every block is whole, whenever `run` was cut short.
+fn check(disk: &File, mib: u64) -> io::Result<bool> {
+    let (mut buffer, mut right) = (Aligned::new(BLOCK), vec![0; BLOCK]);
+    let (mut whole, mut blank, mut torn) = (0_u64, 0_u64, 0_u64);
+    for number in 0..(mib << 20) / BLOCK as u64 {
+        let block = buffer.slice(BLOCK);
+        disk.read_exact_at(block, number * BLOCK as u64)?;
+        let generation = block[8..16].iter().rev().fold(0, |n, byte| n << 8 | u64::from(*byte));
+        fill(&mut right, number, generation);
+        match () {
+            () if block.iter().all(|byte| *byte == 0) => blank += 1,
+            () if block == right => whole += 1,
+            () => torn += 1,
+        }
+    }
+    println!("lab-checker: checked whole={whole} blank={blank} torn={torn}");
+    Ok(torn == 0)
+}
+
 fn run(disk: &File, mib: u64) -> io::Result<bool> {
     let counters = Arc::new(Counters::default());
     let each = (mib << 20) / BLOCK as u64 / THREADS;
@@ -244,7 +264,7 @@ fn run(disk: &File, mib: u64) -> io::Result<bool> {
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().collect();
     let [_, act, path, mib] = arguments.as_slice() else {
-        eprintln!("lab-checker: usage: lab-checker run|digest DEVICE MIB");
+        eprintln!("lab-checker: usage: lab-checker run|digest|check DEVICE MIB");
         return ExitCode::from(2);
     };
     let Ok(mib) = mib.parse::<u64>() else {
@@ -254,6 +274,7 @@ fn main() -> ExitCode {
     let disk = OpenOptions::new().read(true).write(true).custom_flags(libc::O_DIRECT).open(path);
     let result = disk.and_then(|disk| match act.as_str() {
         "run" => run(&disk, mib),
+        "check" => check(&disk, mib),
         _ => digest(&disk, mib).map(|digest| {
             println!("lab-checker: digest={digest:016x}");
             true
@@ -272,6 +293,22 @@ fn main() -> ExitCode {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_block_that_is_half_a_write_is_reported_as_torn() {
+        let file = tempfile::tempfile().expect("a file");
+        file.set_len(1 << 20).expect("sized");
+        let mut block = vec![0; BLOCK];
+        fill(&mut block, 7, 3);
+        file.write_all_at(&block, 7 * BLOCK as u64).expect("written");
+        assert!(check(&file, 1).expect("it reads"));
+        fill(&mut block, 7, 4);
+        file.write_all_at(&block[..BLOCK / 2], 7 * BLOCK as u64).expect("written");
+        assert!(!check(&file, 1).expect("it reads"), "half of another");
+        fill(&mut block, 8, 1);
+        file.write_all_at(&block, 7 * BLOCK as u64).expect("written");
+        assert!(!check(&file, 1).expect("it reads"), "in another's place");
+    }
 
     #[test]
     fn a_block_that_went_back_to_an_older_write_is_reported_as_lost() {
