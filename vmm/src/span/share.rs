@@ -80,6 +80,8 @@ struct State {
 /// One vCPU.
 #[derive(Default)]
 struct Seat {
+    /// It is at this helper, as far as that was told.
+    here: bool,
     /// It was entered, and its exit was not taken.
     running: bool,
     kicked: bool,
@@ -111,11 +113,15 @@ pub struct Share {
 }
 
 impl Share {
-    /// What `helper`, whose line `sender` sends down, has of a guest of `cpus` vCPUs, any of which may come to be there.
+    /// What `helper`, whose line `sender` sends down, has of a guest of `cpus` vCPUs: those that are `here` when the guest
+    /// starts, and any that come later.
     #[must_use]
-    pub fn new(helper: &str, sender: Sender, cpus: u8) -> Arc<Self> {
+    pub fn new(helper: &str, sender: Sender, cpus: u8, here: &[u8]) -> Arc<Self> {
         let standing = Standing::Away("it was not reached yet".to_owned());
-        let cell = |number: u8| Cell { number, seat: Mutex::default(), changed: Condvar::new() };
+        let cell = |number: u8| {
+            let seat = Seat { here: here.contains(&number), ..Seat::default() };
+            Cell { number, seat: Mutex::new(seat), changed: Condvar::new() }
+        };
         Arc::new(Self {
             helper: helper.to_owned(),
             sender,
@@ -305,7 +311,8 @@ impl Share {
     pub fn restore(&self, number: u8, state: &[u8], patience: Duration) -> Result<(), Error> {
         self.at_rest(number, patience, true)?;
         if let Some(cell) = self.cell(number) {
-            cell.lock().restored = None;
+            let mut seat = cell.lock();
+            (seat.here, seat.restored) = (true, None);
         }
         let total = state.len() as u32;
         let mut offset = 0;
@@ -319,6 +326,9 @@ impl Share {
 
     /// The vCPU is with another member from now on. Only while its thread here does not enter it.
     pub fn leave(&self, number: u8) {
+        if let Some(cell) = self.cell(number) {
+            cell.lock().here = false;
+        }
         self.send(&ToHelper::Leave(number), None);
     }
 
@@ -404,8 +414,10 @@ impl Share {
             ToConsole::Eoi(vector) => self.tell(|console| console.end_of_interrupt(vector)),
             ToConsole::Refused(vector) => self.tell(|console| console.refused(vector)),
             ToConsole::View(view) => {
-                drop(self.seat(view.id.0)?);
-                self.tell(|console| console.view(view));
+                // What is late, or of others' vCPUs, tells nothing.
+                if self.seat(view.id.0)?.here {
+                    self.tell(|console| console.view(view));
+                }
             }
             ToConsole::State(part) => self.part(part, &payload.unwrap_or_default())?,
             ToConsole::Restored(number) => {
@@ -425,7 +437,7 @@ impl Share {
     }
 
     fn seat(&self, number: u8) -> Result<MutexGuard<'_, Seat>, String> {
-        let cell = self.cell(number).ok_or("it speaks of a vCPU that it does not have")?;
+        let cell = self.cell(number).ok_or("it speaks of a vCPU that there is not")?;
         Ok(cell.lock())
     }
 

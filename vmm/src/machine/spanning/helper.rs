@@ -91,7 +91,8 @@ impl Helper {
         let config = channel_config(place, guest, identity).map_err(Error::Helper)?;
         let failed = |error: std::io::Error| Error::Helper(format!("{}: {error}", place.node));
         let (sender, memory) = (Sender::new().map_err(failed)?, Sender::new().map_err(failed)?);
-        let share = Share::new(&place.node, sender.clone(), guest.cpu.count);
+        let here: Vec<u8> = guest.placement().cpus_of(member).collect();
+        let share = Share::new(&place.node, sender.clone(), guest.cpu.count, &here);
         let desk = Desk::new(&share, bell);
         let (patience, room) = (place.patience.map(|patience| patience.0), place.room());
         let purpose = Purpose::Cpus {
