@@ -20,8 +20,12 @@ pub(super) fn lines() -> Vec<Line> {
     let mut lines = vec![processor(&text, kind), device(kind), fitness()];
     lines.extend(capabilities());
     lines.push(nested_paging(kind));
-    let eptad = sys::read("/sys/module/kvm_intel/parameters/eptad");
-    lines.extend(page_tables(kind, eptad.as_deref()));
+    let parameter = match kind {
+        Virtualization::Intel => sys::read("/sys/module/kvm_intel/parameters/eptad"),
+        Virtualization::Amd => sys::read("/sys/module/kvm_amd/parameters/npt"),
+        Virtualization::None => None,
+    };
+    lines.extend(page_tables(kind, parameter.as_deref()));
     lines
 }
 
@@ -124,48 +128,65 @@ fn nested_paging(kind: Virtualization) -> Line {
     }
 }
 
-/// Whether a look into a guest's page tables counts as a write to them: then PCs that run vCPUs of one guest take them
-/// from each other for nothing (`docs/coherence.md`). `eptad` is Intel's parameter.
-fn page_tables(kind: Virtualization, eptad: Option<&str>) -> Option<Line> {
+/// Whether each walk of a guest's page tables counts as a write to them: then PCs that run vCPUs of one guest take them from
+/// each other for it (`docs/coherence.md`). `parameter` is the module's that decides it, `eptad` of Intel's and `npt` of
+/// AMD's; none where the module is not loaded, of which another line tells.
+fn page_tables(kind: Virtualization, parameter: Option<&str>) -> Option<Line> {
     let name = "page tables";
-    match (kind, eptad) {
-        (Virtualization::Amd, _) => Some(
-            Line::degraded(name, "SVM's nested paging writes to a guest's page tables whenever it looks into them")
-                .why(
-                    "a guest with vCPUs on several PCs (`[[cpu.place]]`) moves them between PCs more often; others do \
-                     not mind",
-                )
-                .mend("nothing to do here: begin such guests with `maxcpus=1` and switch the other vCPUs on later"),
+    let on = matches!(parameter?, "Y" | "1");
+    let (what, mend) = match (kind, on) {
+        (Virtualization::Amd, true) => (
+            "each page-table walk counts as a write, as always with AMD's nested paging",
+            "the processor cannot be told otherwise; start such a guest with `maxcpus=1` on its kernel's command line and \
+             switch its other vCPUs on once it is up",
         ),
-        (Virtualization::Intel, Some("Y" | "1")) => Some(
-            Line::degraded(name, "VT-x writes to a guest's page tables whenever it looks into them (eptad is on)")
-                .why(
-                    "a guest with vCPUs on several PCs (`[[cpu.place]]`) moves them between PCs more often; others do \
-                     not mind",
-                )
-                .mend(
-                    "on each of these PCs: echo options kvm_intel eptad=0 | sudo tee /etc/modprobe.d/omega.conf, then \
-                     load the module anew",
-                ),
+        (Virtualization::Intel, true) => (
+            "each page-table walk counts as a write (eptad is on)",
+            "on each PC of such a guest, while no guest runs: echo options kvm_intel eptad=0 | sudo tee \
+             /etc/modprobe.d/omega-eptad.conf && sudo modprobe -r kvm_intel && sudo modprobe kvm_intel",
         ),
-        (Virtualization::Intel, Some(_)) => Some(Line::ok(name, "only read by looks into them (eptad is off)")),
-        (Virtualization::Intel, None) | (Virtualization::None, _) => None,
-    }
+        (Virtualization::Intel, false) => {
+            return Some(Line::ok(name, "page-table walks are no writes (eptad is off)"));
+        }
+        // Without nested paging KVM walks them itself, and everything is slow: its own line says so.
+        (Virtualization::Amd, false) | (Virtualization::None, _) => return None,
+    };
+    let why = "a guest with vCPUs on several PCs (`[[cpu.place]]`) works, but its page tables move between the PCs for \
+               these walks, so programs that often miss the TLB are slower; other guests are not affected";
+    Some(Line::degraded(name, what).why(why).mend(mend))
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::State;
+    use super::super::{Report, State};
     use super::*;
 
     #[test]
-    fn only_processors_that_write_to_page_tables_by_reading_them_are_warned_of() {
-        let state = |kind, eptad| page_tables(kind, eptad).map(|line| line.state);
-        assert_eq!(state(Virtualization::Amd, None), Some(State::Degraded));
-        assert_eq!(state(Virtualization::Intel, Some("Y")), Some(State::Degraded));
-        assert_eq!(state(Virtualization::Intel, Some("N")), Some(State::Ok));
-        assert_eq!(state(Virtualization::Intel, None), None, "its module is not loaded");
-        assert_eq!(state(Virtualization::None, None), None);
+    fn a_user_is_told_where_page_table_walks_are_writes() {
+        let state = |kind, parameter| page_tables(kind, parameter).map(|line| line.state);
+        for on in ["Y", "1"] {
+            assert_eq!(state(Virtualization::Amd, Some(on)), Some(State::Degraded));
+            assert_eq!(state(Virtualization::Intel, Some(on)), Some(State::Degraded));
+        }
+        for off in ["N", "0"] {
+            assert_eq!(state(Virtualization::Intel, Some(off)), Some(State::Ok));
+            assert_eq!(state(Virtualization::Amd, Some(off)), None, "there is no nested paging");
+        }
+        for kind in [Virtualization::Intel, Virtualization::Amd, Virtualization::None] {
+            assert_eq!(state(kind, None), None, "no module of this maker is loaded");
+        }
+    }
+
+    #[test]
+    fn page_table_walks_that_are_writes_keep_no_guest_from_running() {
+        for kind in [Virtualization::Intel, Virtualization::Amd] {
+            let line = page_tables(kind, Some("Y")).expect("a line");
+            assert!(line.why.is_some() && line.mend.is_some(), "{line:?}");
+            assert!(Report::of(vec![line]).guests_can_run);
+        }
+        let mend = |kind| page_tables(kind, Some("Y")).and_then(|line| line.mend).expect("a mend");
+        assert!(mend(Virtualization::Intel).contains("eptad=0"));
+        assert!(!mend(Virtualization::Amd).contains("modprobe"), "AMD's processors have no such parameter");
     }
 
     #[test]
