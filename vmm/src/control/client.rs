@@ -9,6 +9,7 @@ use serde::de::DeserializeOwned;
 
 use super::protocol::{Answer, Command, LONGEST_ANSWER, Outcome, Request, VERSION};
 use super::{Counters, HelperStatus, MemoryStatus, Peers, Status};
+use crate::memory::coherence;
 
 /// A request could not be made or was refused.
 #[derive(Debug, thiserror::Error)]
@@ -73,6 +74,14 @@ impl Client {
     /// See [`Client::ask`].
     pub fn memory(&mut self) -> Result<MemoryStatus, Error> {
         self.ask_for(Command::Memory)
+    }
+
+    /// What it cost the vCPUs of this PC to share memory with those of others.
+    ///
+    /// # Errors
+    /// See [`Client::ask`].
+    pub fn coherence(&mut self) -> Result<coherence::Counters, Error> {
+        self.ask_for(Command::Coherence)
     }
 
     /// How the helpers are that lend the guest memory.

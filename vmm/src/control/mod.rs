@@ -11,8 +11,8 @@ use std::collections::BTreeMap;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::memory::fault;
 use crate::memory::store::Compression;
+use crate::memory::{coherence, fault};
 use crate::units::Bytes;
 
 pub use client::Client;
@@ -60,6 +60,12 @@ pub trait Controlled: Send + Sync {
     /// # Errors
     /// [`Error::Unsupported`] of a guest whose memory is all on this PC.
     fn memory(&self) -> Result<MemoryStatus, Error>;
+
+    /// What it cost the vCPUs of this PC to share memory with those of others. Answers at once in every state.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] of a guest whose vCPUs are all here for good.
+    fn coherence(&self) -> Result<coherence::Counters, Error>;
 
     /// How the helpers are that lend the guest memory. Answers at once in every state.
     ///

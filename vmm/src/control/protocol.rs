@@ -48,6 +48,8 @@ pub enum Command {
     MemoryHelpers,
     /// Answers with [`MemoryStatus`](super::MemoryStatus).
     Memory,
+    /// Answers with [`coherence::Counters`](crate::memory::coherence::Counters).
+    Coherence,
     /// Has everything moved away from a helper; answers with its name among the helpers.
     MemoryDrain {
         /// Its agent as it is configured, its host, or its node.

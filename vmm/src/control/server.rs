@@ -308,6 +308,7 @@ fn at_once(machine: &dyn Controlled, resize: &Resize, command: &Command) -> Resu
         Command::Counters => value(serde_json::to_value(machine.counters())),
         Command::Peers => value(serde_json::to_value(machine.peers())),
         Command::Memory => machine.memory().and_then(|memory| value(serde_json::to_value(memory))),
+        Command::Coherence => machine.coherence().and_then(|counters| value(serde_json::to_value(counters))),
         Command::MemoryHelpers => machine.helpers().and_then(|helpers| value(serde_json::to_value(helpers))),
         Command::MemoryDrain { helper } => machine.drain_helper(helper).map(serde_json::Value::String),
         Command::PowerOff => machine.power_off().map(|()| serde_json::Value::Null),

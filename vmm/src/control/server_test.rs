@@ -8,11 +8,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use transport::metrics::Snapshot;
+use transport::metrics::{Distribution, Snapshot};
 
 use super::super::client::{Client, Error as ClientError};
 use super::super::{Controlled, Counters, Error, HelperStatus, MemoryStatus, Peers, State, Status};
 use super::{Command, Console, Server};
+use crate::memory::coherence;
 use crate::units::Bytes;
 
 #[derive(Default)]
@@ -84,6 +85,11 @@ impl Controlled for Machine {
         let mut memory = MemoryStatus { degraded_pieces: 2, ..MemoryStatus::default() };
         (memory.counters.resident, memory.counters.latency.count) = (7, 3);
         Ok(memory)
+    }
+
+    fn coherence(&self) -> Result<coherence::Counters, Error> {
+        let latency = Distribution { count: 3, ..Distribution::default() };
+        Ok(coherence::Counters { invalidated: 4, latency, ..coherence::Counters::default() })
     }
 
     fn helpers(&self) -> Result<Vec<HelperStatus>, Error> {
@@ -175,6 +181,7 @@ fn every_command_reaches_the_machine_and_its_answer_comes_back() {
     assert_eq!(client.counters().expect("counters"), bench.machine.counters());
     assert_eq!(client.peers().expect("peers"), bench.machine.peers());
     assert_eq!(client.memory().ok(), bench.machine.memory().ok());
+    assert_eq!(client.coherence().expect("counters"), bench.machine.coherence().expect("counters"));
     client.ask(Command::PowerOff).expect("it is pressed");
     client.ask(Command::Balloon { target: Bytes(64 << 20) }).expect("it is asked");
     client.ask(Command::Pause).expect("it pauses");

@@ -16,7 +16,7 @@ use crate::control::{
     self, Controlled, Counters, DeviceStatus, HelperStatus, MemoryStatus, Peers, State, Status, Waiting,
 };
 use crate::kvm::PartitionState;
-use crate::memory::coherence::message::Member;
+use crate::memory::coherence::{self, message::Member};
 use crate::units::Bytes;
 
 /// The version of the saved state's layout.
@@ -205,6 +205,11 @@ impl Controlled for Controller {
 
     fn memory(&self) -> Result<MemoryStatus, control::Error> {
         Ok(self.paging()?.memory())
+    }
+
+    fn coherence(&self) -> Result<coherence::Counters, control::Error> {
+        let none = || control::Error::Unsupported("the guest's vCPUs are all on this PC".into());
+        Ok(self.parts.spanning.as_ref().ok_or_else(none)?.engine.counters())
     }
 
     fn helpers(&self) -> Result<Vec<HelperStatus>, control::Error> {

@@ -6,8 +6,8 @@ use transport::wire::Class;
 
 use super::super::human::{latency, mebibytes, short};
 use super::sample::micros;
-use super::span::Counted;
 use crate::control::{HelperStatus, MemoryStatus, Peers};
+use crate::memory::coherence;
 use crate::memory::fault::{Counters, PAGE};
 
 /// The heading of the faults' line; everything fits 80 columns.
@@ -83,8 +83,8 @@ pub(super) struct Helper {
 #[derive(Clone, Debug, Default)]
 pub(super) struct Said {
     pub(super) memory: MemoryStatus,
-    /// Of vCPUs on other PCs.
-    pub(super) coherence: Counted,
+    /// None of a guest whose vCPUs are all on this PC.
+    pub(super) coherence: Option<coherence::Counters>,
     pub(super) peers: Peers,
 }
 

@@ -10,7 +10,7 @@ use transport::wire::Class;
 use super::super::Failure;
 use super::super::runtime::{self, Folder};
 use super::memory::{Memory, Said};
-use super::span::{Counted, Span};
+use super::span::Span;
 use crate::control::{Client, State, Status, Waiting};
 
 /// How long a guest may take to answer; one that does not must not hold up the others for long.
@@ -181,11 +181,7 @@ impl Sampler {
             let status = client.status()?;
             // A guest of an older version knows no peers, and one whose memory is all here has none elsewhere.
             let (peers, memory) = (client.peers().unwrap_or_default(), client.memory().ok());
-            let counted = |mut counters: crate::control::Counters| counters.remove("coherence");
-            let coherence = match status.places.is_empty() {
-                true => Counted::new(),
-                false => client.counters().ok().and_then(counted).unwrap_or_default(),
-            };
+            let coherence = client.coherence().ok();
             Ok((client, status, peers, memory, coherence))
         });
         let name = folder.name().to_owned();
@@ -210,8 +206,9 @@ impl Sampler {
         let before = earlier.as_ref().map_or(&said, |(then, _)| then);
         let memory = lends.then(|| Memory::new(before, &said, seconds));
         let Status { state, vcpus, uptime_ms, waits_for, places, .. } = status;
-        let spans = !places.is_empty();
-        let span = spans.then(|| Span::new(places, &before.coherence, &said.coherence, seconds));
+        let shared = said.coherence.as_ref();
+        let span =
+            shared.map(|now| Span::new(places, before.coherence.as_ref().unwrap_or(now), now, seconds));
         self.guests.insert(name.clone(), Known { client, pid, said, at });
         Some(Guest { name, pid, state: Some(state), vcpus, uptime_ms, waits_for, memory, span, peers: shown })
     }

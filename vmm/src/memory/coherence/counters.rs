@@ -22,6 +22,17 @@ macro_rules! numbers {
             pub(super) latency: Histogram,
         }
 
+        impl Counters {
+            /// What was counted after `earlier`.
+            #[must_use]
+            pub fn since(&self, earlier: &Self) -> Self {
+                Self {
+                    $($name: self.$name.saturating_sub(earlier.$name),)+
+                    latency: self.latency.since(&earlier.latency),
+                }
+            }
+        }
+
         impl Tally {
             pub(super) fn add_to(&self, sum: &mut Counters) {
                 $(sum.$name += self.$name;)+
