@@ -56,6 +56,11 @@ fn linux_computes_on_two_pcs() -> Result<()> {
     let guest = mini(&scene, "numa,cpus,ep,litmus", &format!("omega.ep=2,20 {litmus_test}"))?;
     guest.expect("omega-mini: ok: numa nodes 2")?;
     guest.expect("omega-mini: ok: cpus 2 worked 2")?;
+    // While both compute, the second one comes to this PC and goes back.
+    for (node, places) in [("console", "on console: 0, 1"), ("helper", "on helper: 1")] {
+        let moved = scene.console.run(&format!("omega cpu move mini 1 {node} && omega status mini"))?.ok()?;
+        ensure!(moved.contains(places), "{moved}");
+    }
     guest.expect("omega-mini: ok: ep")?;
     let status = scene.console.run("omega status mini")?.ok()?;
     let counted = |key: &str| {

@@ -28,6 +28,8 @@ use crate::span::share::{Console, Granted, Share};
 const DEAD_AFTER: Duration = Duration::from_secs(2);
 /// How often the clocks are compared.
 pub(super) const PROBE: Duration = Duration::from_millis(100);
+/// A probe that was not answered for so long is not waited for any more: its connection was cut.
+const LOST: Duration = Duration::from_secs(2);
 /// A helper that is back within this time was not away.
 pub(super) const GRACE: Duration = Duration::from_millis(200);
 
@@ -77,6 +79,8 @@ struct News {
     over: Option<String>,
     /// The last probe, and when it was sent.
     sent: (u32, Moment),
+    /// It was not answered yet.
+    asked: bool,
     clocks: Clocks,
 }
 
@@ -221,6 +225,11 @@ impl Desk {
         self.lock().away.is_some()
     }
 
+    /// Whether its clocks are known well enough for nothing to arrive there before it was sent.
+    pub(super) fn in_order(&self) -> bool {
+        self.lock().clocks.status().is_some_and(|clock| clock.in_order)
+    }
+
     /// Whether its clocks are known.
     pub(super) fn measured(&self) -> bool {
         self.lock().clocks.measured()
@@ -237,10 +246,12 @@ impl Desk {
     }
 
     fn probe(&self, share: &Share) {
-        let mut news = self.lock();
-        if news.away.is_none() {
-            let (number, now) = (self.probes.fetch_add(1, Ordering::Relaxed), Moment::here());
-            news.sent = (number, now);
+        let (mut news, now) = (self.lock(), Moment::here());
+        // A second one would make the answer to the first worthless.
+        let late = u128::from(now.monotonic.since(news.sent.1.monotonic)) >= LOST.as_nanos();
+        if news.away.is_none() && (!news.asked || late) {
+            let number = self.probes.fetch_add(1, Ordering::Relaxed);
+            (news.sent, news.asked) = ((number, now), true);
             share.probe(number, now.monotonic);
         }
     }
@@ -285,11 +296,16 @@ impl Console for Desk {
         if last != number {
             return;
         }
+        news.asked = false;
         let trip = now.monotonic.since(sent.monotonic);
         let halfway =
             board.clock().now().0.wrapping_sub(monotonic().wrapping_sub(sent.monotonic.0 + trip / 2));
-        let ahead = news.clocks.answered(sent, there, now, halfway);
+        let (starts, ahead) = (!news.clocks.measured(), news.clocks.answered(sent, there, now, halfway));
         drop(news);
+        if starts {
+            // Somebody waits for it.
+            self.bell.ring();
+        }
         if let Some(Ahead { nanos, tsc }) = ahead {
             share.set_clock(nanos, tsc);
         }

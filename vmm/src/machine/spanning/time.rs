@@ -1,6 +1,6 @@
 //! What is known of a helper's clocks, and what the counters of its vCPUs are set to. Drawn in `docs/time.md`.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use devices::interrupt::Tsc;
 
@@ -8,6 +8,9 @@ use crate::control::ClockStatus;
 use crate::kvm::tsc::Rate;
 use crate::span::clock::{Estimate, Estimator, Keeper, Probe, Told};
 use crate::span::protocol::Moment;
+
+/// How often the log is told at most of clocks that are not known well enough.
+const SAID_AGAIN: Duration = Duration::from_secs(60);
 
 /// See the [module](self).
 #[derive(Default)]
@@ -23,6 +26,8 @@ pub(super) struct Clocks {
     /// By how much the guest's clock is ahead of the helper's.
     nanos: Option<u64>,
     in_order: bool,
+    /// When the log was told last that it is not.
+    warned: Option<Instant>,
 }
 
 /// What is to be added to a helper's clock and counter.
@@ -76,8 +81,10 @@ impl Clocks {
         // The helper itself sees to it that nobody sees a step back.
         keeper.step(&estimate);
         let in_order = keeper.in_order(&estimate);
-        if self.in_order && !in_order {
-            tracing::debug!(?estimate, "A helper's clock is known less well than messages are fast");
+        let said = self.warned.is_some_and(|at| at.elapsed() < SAID_AGAIN);
+        if self.in_order && !in_order && !said {
+            self.warned = Some(Instant::now());
+            tracing::warn!(?estimate, "A helper's clock is known less well than messages are fast");
         }
         (self.in_order, self.estimate) = (in_order, Some(estimate));
         Some(Ahead { nanos: self.nanos?, tsc: keeper.applied() })
