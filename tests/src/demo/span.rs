@@ -53,7 +53,7 @@ pub fn span() -> Result<()> {
     ensure!(processors.contains("NUMA node1 CPU(s)") && nodes.contains("node1/cpulist:1"), "No second node");
     say("What it computed on both PCs");
     println!("{computed}");
-    ensure!(computed.contains("threads=2") && computed.contains("verified"), "It computed something else");
+    ensure!(computed.contains("workers=2") && computed.contains("verified"), "It computed something else");
     say("omega status span, before it powered off");
     println!("{}", status.trim());
     println!("\n({:.0} s)\ndemo: ok", start.elapsed().as_secs_f32());
