@@ -252,7 +252,8 @@ impl Share {
     }
 
     /// Enters the vCPU and waits for its exit; `stop`: it finishes only what `entry` answers. While the helper is away
-    /// it returns [`VmExit::Interrupted`], and the exit is that of a later call.
+    /// it returns [`VmExit::Interrupted`], and the exit is that of a later call. So it does when the share is over: that
+    /// the guest ends, and as what, is for who hears [`Console::over`].
     pub(super) fn enter(&self, number: u8, entry: VmEntry, stop: bool) -> VmExit {
         let Some(cell) = self.cell(number) else {
             return VmExit::Failed(format!("vCPU {number} is not at {}", self.helper));
@@ -275,9 +276,8 @@ impl Share {
                 return exit;
             }
             match &seat.standing {
-                Some(Standing::Over(why)) => return VmExit::Failed(why.clone()),
-                Some(Standing::Away(_)) if looked => return VmExit::Interrupted,
-                Some(Standing::Away(_)) => {
+                Some(Standing::Away(_) | Standing::Over(_)) if looked => return VmExit::Interrupted,
+                Some(Standing::Away(_) | Standing::Over(_)) => {
                     looked = true;
                     let waited = cell.changed.wait_timeout(seat, GLANCE);
                     seat = waited.unwrap_or_else(PoisonError::into_inner).0;
@@ -504,5 +504,23 @@ impl Hear for Share {
 impl Elsewhere for Share {
     fn post(&self, targets: Targets, message: Message) {
         self.send(&ToHelper::Interrupt(targets, message), None);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_vcpu_whose_helper_is_gone_stands_still_and_does_not_fail() {
+        let share = Share::new("pc2", Sender::new().expect("a line's end"), 2, &[1]);
+        assert_eq!(
+            share.enter(2, VmEntry::Continue, false),
+            VmExit::Failed("vCPU 2 is not at pc2".to_owned())
+        );
+        for gone in [Hear::away, Hear::over] {
+            gone(&*share, "the other side was started anew");
+            assert_eq!(share.enter(1, VmEntry::Continue, false), VmExit::Interrupted);
+        }
     }
 }
