@@ -225,8 +225,16 @@ fn endless() -> Vec<u8> {
 
 type End = Result<Exit, String>;
 
+/// A guest that did not begin yet.
+struct Ready {
+    folder: tempfile::TempDir,
+    hub: Hub,
+    machine: Machine,
+}
+
 struct Running {
     folder: tempfile::TempDir,
+    hub: Hub,
     end: Receiver<End>,
     controller: std::sync::Arc<vmm::machine::Controller>,
 }
@@ -242,12 +250,12 @@ fn can_run() -> bool {
 }
 
 /// A guest of two vCPUs, the second one at `agent`, where `more` is in its configuration.
-fn machine(agent: &Agent, kernel: &[u8], more: &str) -> Result<(tempfile::TempDir, Machine), String> {
+fn machine(agent: &Agent, kernel: &[u8], more: &str) -> Result<Ready, String> {
     spanning(&[(agent, 1, more)], kernel)
 }
 
 /// A guest of a vCPU here and so many at each of `agents`, which are called `pc2` and so on.
-fn spanning(agents: &[(&Agent, u8, &str)], kernel: &[u8]) -> Result<(tempfile::TempDir, Machine), String> {
+fn spanning(agents: &[(&Agent, u8, &str)], kernel: &[u8]) -> Result<Ready, String> {
     let folder = tempfile::tempdir().expect("a folder");
     let at = |name: &str| folder.path().join(name);
     std::fs::write(at("kernel"), kernel).expect("it writes");
@@ -263,20 +271,21 @@ fn spanning(agents: &[(&Agent, u8, &str)], kernel: &[u8]) -> Result<(tempfile::T
     }
     let guest = Guest::parse(&at("guest.toml"), &text).unwrap_or_else(|mistakes| panic!("{mistakes}"));
     let hub = Hub::open(&guest.serial, HubOptions::default()).expect("a console");
-    let options = Options { allow_unfit_kvm: true, identity: None, cache: None, serial: hub, console: None };
+    let serial = hub.clone();
+    let options = Options { allow_unfit_kvm: true, identity: None, cache: None, serial, console: None };
     let machine = Machine::new(&guest, options).map_err(|error| error.to_string())?;
-    Ok((folder, machine))
+    Ok(Ready { folder, hub, machine })
 }
 
 fn run(agent: &Agent, kernel: &[u8], more: &str) -> Running {
     begin(machine(agent, kernel, more).unwrap_or_else(|why| panic!("{why}\n{}", agent.log())))
 }
 
-fn begin((folder, machine): (tempfile::TempDir, Machine)) -> Running {
+fn begin(Ready { folder, hub, machine }: Ready) -> Running {
     let controller = machine.controller();
     let (tell, end) = channel();
     thread::spawn(move || tell.send(machine.run().map_err(|error| error.to_string())));
-    Running { folder, end, controller }
+    Running { folder, hub, end, controller }
 }
 
 impl Running {
@@ -286,6 +295,8 @@ impl Running {
 
     fn ends(&self, agent: &Agent) -> End {
         let end = self.end.recv_timeout(LIMIT);
+        // What the guest said last is in the file from here on.
+        self.hub.finish();
         end.unwrap_or_else(|_| {
             let counters = vmm::control::Controlled::counters(&*self.controller);
             panic!(
@@ -415,7 +426,7 @@ fn an_agent_that_lends_no_vcpus_or_not_so_many_says_so() {
     assert!(why.contains("lends no vCPUs"), "{why}");
     until("the agent's log says so too", || agent.log().contains("lends no vCPUs"));
     let agent = Agent::start(LENDS);
-    let (_folder, _first) = machine(&agent, &endless(), "").unwrap_or_else(|why| panic!("{why}"));
+    let _first = machine(&agent, &endless(), "").unwrap_or_else(|why| panic!("{why}"));
     let why = machine(&agent, &endless(), "").err().expect("it is refused");
     assert!(why.contains("1 are in use"), "{why}");
 }
